@@ -1,0 +1,111 @@
+"""A recognised subgraph and what it means: the vocabulary between patterns, planner, kernels and reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.fx as fx
+
+from lz_compile.mask import MaskForm
+
+
+@dataclass
+class Attention:
+    """``softmax(softcap(scale * query @ key^T) + mask) @ value`` over graph values.
+
+    ``query`` is ``[B, Hq, M, Dk]``, ``key`` ``[B, Hkv, N, Dk]``, ``value`` ``[B, Hkv, N, Dv]``; ``Hq`` is a multiple of
+    ``Hkv`` and query head ``h`` uses key/value head ``h // (Hq / Hkv)``.  All have one floating dtype, and strides as
+    their fake values say.  The result is ``[B, Hq, M, Dv]`` in the same dtype.
+
+    ``mask_node`` is the mask as the graph had it (bool, True = visible, or float to be added; broadcastable to
+    ``[B, Hq, M, N]``), None when there was none or when it is not a value on its own; ``mask`` is what was proved.
+    ``softcap`` is 0.0 when there is none; else scores become ``softcap * tanh(scores / softcap)`` before the mask.
+    """
+
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    scale: float
+    mask: MaskForm
+    mask_node: fx.Node | None = None
+    softcap: float = 0.0
+
+    def fake(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The fake query, key and value."""
+        return self.query.meta["val"], self.key.meta["val"], self.value.meta["val"]
+
+    @property
+    def batch(self) -> int:
+        return self.query.meta["val"].shape[0]
+
+    @property
+    def query_heads(self) -> int:
+        return self.query.meta["val"].shape[1]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.key.meta["val"].shape[1]
+
+    @property
+    def queries(self) -> int:
+        """Query length M."""
+        return self.query.meta["val"].shape[2]
+
+    @property
+    def keys(self) -> int:
+        """Key length N."""
+        return self.key.meta["val"].shape[2]
+
+
+@dataclass
+class CacheWrite:
+    """The in-place write that put this step's keys (or values) into the tensor that attention reads."""
+
+    cache: fx.Node
+    write: fx.Node
+    kind: str
+
+
+@dataclass
+class Region:
+    """One site: the nodes that a kernel would replace, and their meaning.
+
+    ``output`` is the node whose value the kernel gives.  ``module`` is the module path, such as
+    ``model.layers.0.self_attn``.  ``declined`` is set when the site was seen but may not be replaced, with the reason.
+    """
+
+    kind: str
+    pattern: str
+    output: fx.Node
+    module: str
+    attention: Attention | None = None
+    key_cache: CacheWrite | None = None
+    value_cache: CacheWrite | None = None
+    declined: str = ""
+
+
+# Why a kernel cannot take a region, or None when it can.
+Verdict = str | None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to run one kind of region.
+
+    ``name`` is ``provider.kernel``; ``version`` changes whenever its results or its speed may.  ``supports`` answers
+    why not (hardware, dtype, shape, mask), or None.  ``emit`` inserts the call in front of ``region.output`` through
+    the :class:`~lz_compile.lowering.emit.Emitter` it is given and returns the node that replaces it.  ``backward``
+    says whether gradients flow through it.  ``cuda_graphs`` says what makes it safe to capture, empty when it is not.
+    """
+
+    name: str
+    kind: str
+    version: str
+    supports: Callable[[Region], Verdict]
+    emit: Callable[..., fx.Node]
+    backward: bool = False
+    cuda_graphs: str = ""
+    summary: str = ""
+    notes: dict[str, str] = field(default_factory=dict)
