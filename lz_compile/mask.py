@@ -8,7 +8,7 @@ A key ``k`` is visible to query ``q`` of batch row ``b`` when *all* terms of the
 
     k <= q + upper      k >= q + lower      start <= k < stop
     (k - origin) // size == (q + offset - origin) // size         (chunk)
-    key_padding[b, k]        ids_q[b, q] == ids_k[b, k]        dense[b, h, q, k]
+    key_padding[b, k]    not key_hidden[b, k]    ids_q[b, q] == ids_k[b, k]    dense[b, h, q, k]
 
 Terms hold :class:`Bound` values: integers that are known only when the graph runs (a cache position, for example).
 """
@@ -106,7 +106,8 @@ class MaskForm:
 
     ``upper``, ``lower``, ``start`` and ``stop`` hold several bounds when the graph states several (a causal mask and a
     bidirectional window, say); all of them hold.  ``key_padding`` are boolean reads indexed by ``b`` and ``k`` (some
-    may ignore ``b``).  ``dense`` is the part that was not proved: the whole boolean mask, to be read by the kernel.
+    may ignore ``b``), ``key_hidden`` the same with True for hidden keys.  ``dense`` is the part that was not proved: the whole boolean mask, to be read by the kernel
+    (it marks the hidden keys instead of the visible ones when ``dense_hides``).
     ``bias`` is an additive float mask that was not proved to be a mask.  Terms that were proved beside a ``dense``
     or ``bias`` part stand, so a kernel may narrow its range by them.
 
@@ -122,8 +123,10 @@ class MaskForm:
     stop: tuple[Bound, ...] = ()
     chunk: Chunk | None = None
     key_padding: tuple[Read, ...] = ()
+    key_hidden: tuple[Read, ...] = ()
     documents: tuple[Documents, ...] = ()
     dense: fx.Node | None = None
+    dense_hides: bool = False
     bias: fx.Node | None = None
     empty_row: EmptyRow = "zero"
     unproved: str = ""
@@ -158,6 +161,7 @@ class MaskForm:
         if self.chunk:
             parts.append(f"chunk(size={self.chunk.size})")
         parts += [f"key padding({readable_name(read.node)})" for read in self.key_padding]
+        parts += [f"key padding(not {readable_name(read.node)})" for read in self.key_hidden]
         parts += [f"documents({readable_name(d.keys.node)})" for d in self.documents]
         if self.dense is not None:
             parts.append(f"dense mask({readable_name(self.dense)})")

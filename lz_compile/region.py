@@ -72,7 +72,7 @@ class CacheWrite:
 class Region:
     """One site: the nodes that a kernel would replace, and their meaning.
 
-    ``output`` is the node whose value the kernel gives.  ``module`` is the module path, such as
+    ``output`` is the node whose value the kernel gives; ``nodes`` are those that no one else uses, in graph order.  ``module`` is the module path, such as
     ``model.layers.0.self_attn``.  ``declined`` is set when the site was seen but may not be replaced, with the reason.
     """
 
@@ -80,6 +80,7 @@ class Region:
     pattern: str
     output: fx.Node
     module: str
+    nodes: list[fx.Node] = field(default_factory=list)
     attention: Attention | None = None
     key_cache: CacheWrite | None = None
     value_cache: CacheWrite | None = None

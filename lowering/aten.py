@@ -1,0 +1,107 @@
+"""PyTorch's scaled_dot_product_attention with the arguments that a proof allows: no mask, ``is_causal``, grouped heads.
+
+Which backend runs it (flash, cuDNN, efficient, math) is PyTorch's choice inside AOTAutograd.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.fx as fx
+
+from lz_compile.lowering.emit import Emitter
+from lz_compile.region import Attention, Kernel, Region, Verdict
+
+aten = torch.ops.aten
+_SDPA = aten.scaled_dot_product_attention.default
+
+
+def _grouped(attention: Attention) -> bool:
+    return attention.query_heads != attention.kv_heads
+
+
+def _call(emitter: Emitter, region: Region, mask: fx.Node | None, is_causal: bool) -> fx.Node:
+    a = region.attention
+    assert a is not None
+    extra = {"enable_gqa": True} if _grouped(a) else {}
+    return emitter.call(
+        region.output, _SDPA, a.query, a.key, a.value, mask, 0.0, is_causal, scale=float(a.scale), **extra
+    )
+
+
+def _supports_flags(region: Region) -> Verdict:
+    a = region.attention
+    assert a is not None
+    if a.softcap:
+        return "has no softcap"
+    if a.mask.is_trivial or a.mask.is_causal:
+        return None
+    if not a.mask.proved:
+        return f"the mask is not proved: {a.mask.unproved}"
+    return "takes no mask but causal from key 0"
+
+
+def _emit_flags(emitter: Emitter, region: Region) -> fx.Node:
+    a = region.attention
+    assert a is not None
+    return _call(emitter, region, None, a.mask.is_causal)
+
+
+def _supports_mask(region: Region) -> Verdict:
+    a = region.attention
+    assert a is not None
+    if a.softcap:
+        return "has no softcap"
+    if a.mask_node is None:
+        return "the mask is not a tensor of its own"
+    mask = a.mask_node.meta["val"]
+    if mask.dtype != torch.bool and mask.dtype != a.query.meta["val"].dtype:
+        return f"the mask's dtype {mask.dtype} is not the query's"
+    return None
+
+
+def _emit_mask(emitter: Emitter, region: Region) -> fx.Node:
+    a = region.attention
+    assert a is not None and a.mask_node is not None
+    out = _call(emitter, region, a.mask_node, False)
+    if region.pattern == "sdpa" or not _may_be_infinite(a):
+        return out
+    return _nan_where_empty(emitter, region, a.mask_node, out)
+
+
+def _may_be_infinite(a: Attention) -> bool:
+    """Whether a row of the additive mask may be -inf throughout: the softmax then gives NaN where SDPA gives zeros."""
+    return not a.mask.proved or a.mask.empty_row == "nan"
+
+
+def _nan_where_empty(emitter: Emitter, region: Region, mask: fx.Node, out: fx.Node) -> fx.Node:
+    def build() -> fx.Node:
+        infinite = emitter.call(region.output, aten.eq.Scalar, mask, -math.inf)
+        return emitter.call(region.output, aten.all.dim, infinite, -1, True)
+
+    empty = emitter.shared(("empty rows", mask), build)
+    return emitter.call(region.output, aten.masked_fill.Scalar, out, empty, math.nan)
+
+
+SDPA = Kernel(
+    name="aten.sdpa",
+    kind="attention",
+    version=torch.__version__,
+    supports=_supports_flags,
+    emit=_emit_flags,
+    backward=True,
+    cuda_graphs="reads no lengths",
+    summary="the proof drops the mask; PyTorch's SDPA reads keys once per head group",
+)
+
+SDPA_MASKED = Kernel(
+    name="aten.sdpa_masked",
+    kind="attention",
+    version=torch.__version__,
+    supports=_supports_mask,
+    emit=_emit_mask,
+    backward=True,
+    cuda_graphs="reads no lengths",
+    summary="the mask is honoured as it is, by PyTorch's SDPA",
+)

@@ -1,0 +1,355 @@
+"""Attention on the CPU that never touches a key that no query may see.
+
+``lz_compile::attend_cpu`` takes the arguments of :func:`lz_compile.lowering.semantic.attend`, reads the bounds on the
+host (which costs nothing on the CPU), cuts keys and values to the visible range, and runs PyTorch's flash attention on
+what is left: grouped queries share their keys, causal and fully visible ranges need no mask, rows of different length
+run one by one, long queries with a window run block by block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.fx as fx
+import torch.nn.functional as F
+
+from lz_compile.lowering.emit import Emitter
+from lz_compile.lowering.semantic import (
+    CHUNK_ORIGIN,
+    CHUNK_SHIFT,
+    HOLES,
+    LOWER,
+    START,
+    STOP,
+    UPPER,
+    attend_output,
+    visible_keys,
+)
+from lz_compile.region import Kernel, Region, Verdict
+
+VERSION = "1"
+# Queries that a block of a windowed attention holds: enough to keep the matrix units busy, few enough to skip keys.
+_BLOCK = 256
+# Running rows one by one pays when it leaves out at least this share of the keys.
+_WORTH_SPLITTING = 0.2
+
+_library = torch.library.Library("lz_compile", "FRAGMENT")
+_library.define(
+    "attend_cpu(Tensor query, Tensor key, Tensor value, Tensor? bounds, Tensor? key_mask, Tensor? query_documents, "
+    "Tensor? key_documents, Tensor? mask, float scale, float softcap, int chunk, int empty_row) -> Tensor"
+)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One call: rows [first, last) of the batch, queries [query, query_end), and the mask beside the bounds."""
+
+    rows: slice
+    queries: slice
+
+
+def attend_cpu(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    query_documents: torch.Tensor | None,
+    key_documents: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    chunk: int,
+    empty_row: int,
+) -> torch.Tensor:
+    """See :func:`lz_compile.lowering.semantic.attend`; without softcap."""
+    assert softcap == 0.0
+    batch, _, queries, _ = query.shape
+    keys = key.shape[2]
+    limits = bounds.tolist() if bounds is not None else [[1 << 30, -(1 << 30), 0, keys, 0, 0, 0, 0]] * batch
+    out = attend_output(query, value)
+    everything = _Mask(limits, key_mask, query_documents, key_documents, mask, chunk)
+    for job in _jobs(limits, batch, queries, keys, chunk):
+        _run(query, key, value, out, everything, job, scale, empty_row)
+    return out
+
+
+def _jobs(limits: list[list[int]], batch: int, queries: int, keys: int, chunk: int) -> list[_Job]:
+    """Cuts the work so that few keys are read in vain."""
+    whole = slice(0, queries)
+    ranges = [_key_range(row, whole, keys, chunk) for row in limits]
+    together = max(r[1] for r in ranges) - min(r[0] for r in ranges)
+    apart = sum(max(0, last - first) for first, last in ranges)
+    windowed = queries > _BLOCK and any(row[LOWER] > -queries or chunk for row in limits)
+    same = all(row == limits[0] for row in limits)
+    if same or apart >= (1 - _WORTH_SPLITTING) * together * batch:
+        groups = [slice(0, batch)]
+    else:
+        groups = [slice(row, row + 1) for row in range(batch)]
+    if queries > 1 and not same and all(not row[HOLES] for row in limits):
+        groups = [slice(row, row + 1) for row in range(batch)]
+    blocks = [whole]
+    if windowed:
+        blocks = [slice(first, min(queries, first + _BLOCK)) for first in range(0, queries, _BLOCK)]
+    return [_Job(rows, block) for rows in groups for block in blocks]
+
+
+def _key_range(row: list[int], queries: slice, keys: int, chunk: int) -> tuple[int, int]:
+    """First and one past the last key that queries [start, stop) of a row may see; empty when first >= last."""
+    first = max(0, row[START], queries.start + row[LOWER])
+    last = min(keys, row[STOP], queries.stop + row[UPPER])
+    if chunk:
+        origin, shift = row[CHUNK_ORIGIN], row[CHUNK_SHIFT]
+        first = max(first, (queries.start + shift - origin) // chunk * chunk + origin)
+        last = min(last, ((queries.stop - 1 + shift - origin) // chunk + 1) * chunk + origin)
+    return first, last
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """Everything that hides keys."""
+
+    limits: list[list[int]]
+    key_mask: torch.Tensor | None
+    query_documents: torch.Tensor | None
+    key_documents: torch.Tensor | None
+    mask: torch.Tensor | None
+    chunk: int
+
+    def has_tensors(self, rows: slice) -> bool:
+        """Whether anything beside the bounds hides keys of these rows."""
+        holes = self.key_mask is not None and any(row[HOLES] for row in self.limits[rows])
+        return holes or self.query_documents is not None or self.mask is not None
+
+    def visible(self, rows: slice, queries: slice, keys: slice, device: torch.device) -> torch.Tensor:
+        """bool [rows, H or 1, queries, keys]."""
+        limits = torch.tensor(self.limits[rows], dtype=torch.int32, device=device)
+        limits[:, UPPER] = (limits[:, UPPER].to(torch.int64) + queries.start - keys.start).clamp(max=1 << 30)
+        limits[:, LOWER] = (limits[:, LOWER].to(torch.int64) + queries.start - keys.start).clamp(min=-(1 << 30))
+        limits[:, START] -= keys.start
+        limits[:, STOP] -= keys.start
+        limits[:, CHUNK_SHIFT] += queries.start - keys.start
+        limits[:, CHUNK_ORIGIN] -= keys.start
+        return visible_keys(
+            limits,
+            self.key_mask[rows, keys] if self.key_mask is not None else None,
+            self.query_documents[rows, queries] if self.query_documents is not None else None,
+            self.key_documents[rows, keys] if self.key_documents is not None else None,
+            self.cut(rows, queries, keys),
+            self.chunk,
+            rows.stop - rows.start,
+            queries.stop - queries.start,
+            keys.stop - keys.start,
+            device,
+        )
+
+    def cut(self, rows: slice, queries: slice, keys: slice) -> torch.Tensor | None:
+        """The dense mask's part, dimensions of size one kept."""
+        if self.mask is None:
+            return None
+        part = self.mask
+        while part.dim() < 4:
+            part = part.unsqueeze(0)
+        part = part[rows] if part.shape[0] != 1 else part
+        part = part[:, :, queries] if part.shape[2] != 1 else part
+        return part[:, :, :, keys] if part.shape[3] != 1 else part.expand(-1, -1, -1, keys.stop - keys.start)
+
+
+def _run(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    hidden: _Mask,
+    job: _Job,
+    scale: float,
+    empty_row: int,
+) -> None:
+    rows, queries = job.rows, job.queries
+    keys_total = key.shape[2]
+    ranges = [_key_range(row, queries, keys_total, hidden.chunk) for row in hidden.limits[rows]]
+    first, last = min(r[0] for r in ranges), max(r[1] for r in ranges)
+    if first >= last:
+        _fill_empty(query, key, value, out, hidden, rows, queries, scale, empty_row)
+        return
+    plain = not hidden.has_tensors(rows) and all(row == hidden.limits[rows][0] for row in hidden.limits[rows])
+    if plain:
+        row = hidden.limits[rows][0]
+        queries = _trim(query, key, value, out, hidden, job, row, first, scale, empty_row)
+        first, last = _key_range(row, queries, keys_total, hidden.chunk)
+        kind = _simple_kind(row, queries, first, last, hidden.chunk)
+        if kind is not None:
+            part = slice(first, last)
+            result = _sdpa(query[rows, :, queries], key[rows, :, part], value[rows, :, part], None, kind, scale)
+            out[rows, :, queries] = result
+            return
+    keys = slice(first, last)
+    visible = hidden.visible(rows, queries, keys, query.device)
+    additive = hidden.mask is not None and hidden.mask.dtype != torch.bool
+    mask = visible
+    if additive:
+        bias = hidden.cut(rows, queries, keys)
+        assert bias is not None
+        mask = torch.where(visible, bias.to(query.dtype), torch.tensor(float("-inf"), dtype=query.dtype))
+    result = _sdpa(query[rows, :, queries], key[rows, :, keys], value[rows, :, keys], mask, False, scale)
+    out[rows, :, queries] = result
+    empty = ~visible.any(-1)
+    if empty_row and bool(empty.any()):
+        fallback = _empty_rows(query, key, value, hidden, rows, queries, scale, empty_row)
+        out[rows, :, queries] = torch.where(empty[..., None], fallback, out[rows, :, queries])
+
+
+def _trim(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    hidden: _Mask,
+    job: _Job,
+    row: list[int],
+    first: int,
+    scale: float,
+    empty_row: int,
+) -> slice:
+    """Queries in front of the first visible key see nothing: they are filled here, the others are returned."""
+    blind = min(job.queries.stop, first - row[UPPER])
+    if blind <= job.queries.start:
+        return job.queries
+    _fill_empty(query, key, value, out, hidden, job.rows, slice(job.queries.start, blind), scale, empty_row)
+    return slice(blind, job.queries.stop)
+
+
+def _simple_kind(row: list[int], queries: slice, first: int, last: int, chunk: int) -> bool | None:
+    """False when every query sees [first, last), True when that is causal from ``first``, None when it is neither."""
+    if queries.stop <= queries.start or chunk and queries.stop - queries.start > 1:
+        return None
+    if queries.stop - 1 + row[LOWER] > first:
+        return None
+    if queries.start + row[UPPER] >= last - 1:
+        return False
+    return True if queries.start + row[UPPER] == first else None
+
+
+def _sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> torch.Tensor:
+    """PyTorch's SDPA with grouped heads; for one query the group's heads become queries of one head."""
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if heads == kv_heads:
+        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, scale=scale)
+    if query.shape[2] == 1 and (mask is None or mask.shape[1] == 1):
+        batch, _, _, size = query.shape
+        packed = query.reshape(batch, kv_heads, heads // kv_heads, size)
+        result = F.scaled_dot_product_attention(packed, key, value, mask, scale=scale)
+        return result.reshape(batch, heads, 1, value.shape[-1])
+    return F.scaled_dot_product_attention(
+        query, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=True
+    )
+
+
+def _fill_empty(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    hidden: _Mask,
+    rows: slice,
+    queries: slice,
+    scale: float,
+    empty_row: int,
+) -> None:
+    if queries.stop > queries.start:
+        out[rows, :, queries] = _empty_rows(query, key, value, hidden, rows, queries, scale, empty_row)
+
+
+def _empty_rows(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    hidden: _Mask,
+    rows: slice,
+    queries: slice,
+    scale: float,
+    empty_row: int,
+) -> torch.Tensor | float:
+    """What queries that see no key give (see ``empty_row`` of :func:`lz_compile.lowering.semantic.attend`)."""
+    if empty_row == 0:
+        return torch.zeros((), dtype=query.dtype)
+    if empty_row == 2:
+        return torch.full((), float("nan"), dtype=query.dtype)
+    if hidden.mask is not None and hidden.mask.dtype != torch.bool:
+        bias = hidden.cut(rows, queries, slice(0, key.shape[2]))
+        assert bias is not None
+        bias = bias.to(query.dtype)
+        return _sdpa(query[rows, :, queries], key[rows], value[rows], bias, False, scale)
+    mean = value[rows].to(torch.float32).mean(2, keepdim=True).to(query.dtype)
+    return mean.repeat_interleave(query.shape[1] // value.shape[1], 1)
+
+
+_library.impl("attend_cpu", attend_cpu, "CPU")
+
+
+@torch.library.register_fake("lz_compile::attend_cpu")
+def _fake(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object) -> torch.Tensor:
+    return attend_output(query, value)
+
+
+def _supports(region: Region) -> Verdict:
+    a = region.attention
+    assert a is not None
+    if a.query.meta["val"].device.type != "cpu":
+        return "runs on the CPU"
+    if a.softcap:
+        return "has no softcap"
+    if a.mask.is_trivial or a.mask.is_causal:
+        return "there is nothing to skip"
+    if not a.mask.proved and not _narrows(region):
+        return f"the mask is not proved: {a.mask.unproved}"
+    if len(a.mask.documents) > 1:
+        return "takes one document term"
+    return None
+
+
+def _narrows(region: Region) -> bool:
+    """An unproved mask still tells a few queries which keys no row may see."""
+    a = region.attention
+    assert a is not None
+    return isinstance(a.queries, int) and a.queries <= 16
+
+
+def _emit(emitter: Emitter, region: Region) -> fx.Node:
+    a = region.attention
+    assert a is not None
+    m = emitter.mask_arguments(region)
+    return emitter.call(
+        region.output,
+        torch.ops.lz_compile.attend_cpu.default,
+        a.query,
+        a.key,
+        a.value,
+        m.bounds,
+        m.key_mask,
+        m.query_documents,
+        m.key_documents,
+        m.mask,
+        float(a.scale),
+        0.0,
+        m.chunk,
+        m.empty_row,
+    )
+
+
+RANGES = Kernel(
+    name="cpu.ranges",
+    kind="attention",
+    version=VERSION,
+    supports=_supports,
+    emit=_emit,
+    summary="reads only keys that some query may see; grouped heads share them",
+)

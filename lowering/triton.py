@@ -1,0 +1,126 @@
+"""Our own Triton kernels as candidates: split-KV decode and tiled prefill, on CUDA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from lz_compile.lowering.emit import Emitter
+from lz_compile.region import Attention, Kernel, Region, Verdict
+
+VERSION = "1"
+_DECODE_QUERIES = 16
+_HEAD_SIZES = range(16, 257)
+
+
+def _common(region: Region) -> Verdict:
+    """What both kernels ask for."""
+    a = region.attention
+    assert a is not None
+    q, k, v = a.fake()
+    if q.device.type != "cuda":
+        return "runs on CUDA"
+    from lz_compile.lowering import triton_ops
+
+    missing = triton_ops.available()
+    if missing:
+        return missing
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"does not take {q.dtype}"
+    for tensor in (k, v):
+        if not isinstance(tensor.shape[3], int) or tensor.shape[3] not in _HEAD_SIZES:
+            return f"head size {tensor.shape[3]} is not in 16 to 256"
+    if any(not _last_is_one(x) for x in (q, k, v)):
+        return "the head dimension is strided"
+    if len(a.mask.documents) > 1:
+        return "takes one document term"
+    return None
+
+
+def _last_is_one(value: torch.Tensor) -> bool:
+    stride = value.stride(-1)
+    return isinstance(stride, int) and stride == 1
+
+
+def _few_queries(a: Attention) -> bool:
+    return isinstance(a.queries, int) and a.queries <= _DECODE_QUERIES
+
+
+def _supports_split_kv(region: Region) -> Verdict:
+    why_not = _common(region)
+    if why_not:
+        return why_not
+    a = region.attention
+    assert a is not None
+    if not _few_queries(a):
+        return f"is for up to {_DECODE_QUERIES} queries"
+    if a.mask.documents:
+        return "does not take packed documents"
+    group = a.query_heads // a.kv_heads
+    if group * a.queries > 128:
+        return "more than 128 query rows for one key/value head"
+    return None
+
+
+def _supports_tiled(region: Region) -> Verdict:
+    why_not = _common(region)
+    if why_not:
+        return why_not
+    a = region.attention
+    assert a is not None
+    if not a.mask.proved:
+        return f"the mask is not proved, so that no tile can be skipped: {a.mask.unproved}"
+    if a.query.meta["val"].dtype == torch.float32:
+        return "float32 prefill is faster in PyTorch's SDPA"
+    return None
+
+
+def _arguments(emitter: Emitter, region: Region) -> tuple[Any, ...]:
+    a = region.attention
+    assert a is not None
+    m = emitter.mask_arguments(region)
+    return (
+        a.query,
+        a.key,
+        a.value,
+        m.bounds,
+        m.key_mask,
+        m.query_documents,
+        m.key_documents,
+        m.mask,
+        float(a.scale),
+        float(a.softcap),
+        m.chunk,
+        m.empty_row,
+    )
+
+
+def _emit_split_kv(emitter: Emitter, region: Region) -> fx.Node:
+    return emitter.call(region.output, torch.ops.lz_compile.split_kv_v1.default, *_arguments(emitter, region))
+
+
+def _emit_tiled(emitter: Emitter, region: Region) -> fx.Node:
+    return emitter.call(region.output, torch.ops.lz_compile.tiled_v1.default, *_arguments(emitter, region))
+
+
+SPLIT_KV = Kernel(
+    name="triton.split_kv",
+    kind="attention",
+    version=VERSION,
+    supports=_supports_split_kv,
+    emit=_emit_split_kv,
+    cuda_graphs="lengths stay on the device, the grid depends on shapes only",
+    summary="split-KV decode: each key is read once per head group, and only keys that some query may see",
+)
+
+TILED = Kernel(
+    name="triton.tiled",
+    kind="attention",
+    version=VERSION,
+    supports=_supports_tiled,
+    emit=_emit_tiled,
+    cuda_graphs="lengths stay on the device, the grid depends on shapes only",
+    summary="tiled prefill: tiles that the mask hides are skipped, tiles that it shows run without it",
+)

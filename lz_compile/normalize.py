@@ -1,0 +1,110 @@
+"""First step of the road: Dynamo's graph becomes a pre-dispatch ATen graph.
+
+Enters: the GraphModule that Dynamo hands to a backend.  Leaves: a GraphModule over ATen operators with the same inputs
+and outputs, the same order of in-place operations, fake values in ``meta["val"]`` and module paths in
+``meta["nn_module_stack"]``; or :class:`LeftAlone` with the reason why the graph goes to Inductor as it came.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lz_compile.compat import fake_mode_of, is_higher_order, source_name
+
+
+class LeftAlone(Exception):
+    """The graph is left to Inductor unchanged; the message says why."""
+
+
+def normalize(dynamo: fx.GraphModule) -> fx.GraphModule:
+    """The pre-dispatch ATen form of a Dynamo graph.
+
+    Raises:
+        LeftAlone: the graph holds something that this form cannot carry.
+    """
+    placeholders = [node for node in dynamo.graph.nodes if node.op == "placeholder"]
+    _require_traceable(dynamo, placeholders)
+    values = [node.meta["example_value"] for node in placeholders]
+    fake_mode = fake_mode_of(values)
+    if fake_mode is None:
+        raise LeftAlone("no tensor enters the graph")
+
+    def interpret(*args: Any) -> Any:
+        with fx.traceback.preserve_node_meta():
+            return fx.Interpreter(dynamo).run(*args)
+
+    with fake_mode:
+        aten = make_fx(interpret, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*values)
+    _carry_dynamo_facts(dynamo, aten)
+    return aten
+
+
+def _require_traceable(dynamo: fx.GraphModule, placeholders: list[fx.Node]) -> None:
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        raise LeftAlone("autocast is active: dtypes are decided after this step")
+    for node in dynamo.graph.nodes:
+        if is_higher_order(node):
+            raise LeftAlone(f"higher-order operator {node.target}")
+        if node.op == "call_function" and node.target is torch.amp.autocast_mode._enter_autocast and node.args[2]:
+            raise LeftAlone("autocast inside the graph: dtypes are decided after this step")
+        if node.op == "get_attr" and isinstance(getattr(dynamo, str(node.target), None), fx.GraphModule):
+            raise LeftAlone("the graph holds subgraphs")
+    for node in placeholders:
+        value = node.meta.get("example_value")
+        if value is None:
+            raise LeftAlone(f"input {node.name} has no example value")
+        if is_traceable_wrapper_subclass(value):
+            raise LeftAlone(f"input {node.name} is a {type(value).__name__} (tensor subclass)")
+
+
+def _carry_dynamo_facts(dynamo: fx.GraphModule, aten: fx.GraphModule) -> None:
+    """What Dynamo hung on its graph moves along: names, sources, static-address marks.
+
+    Without them Inductor takes parameters and caches for ordinary inputs and skips CUDA graphs.
+    """
+    old = [node for node in dynamo.graph.nodes if node.op == "placeholder"]
+    new = [node for node in aten.graph.nodes if node.op == "placeholder"]
+    assert len(old) == len(new), "tracing changed the inputs of the graph"
+    for before, after in zip(old, new):
+        after.meta = {**before.meta, "val": after.meta.get("val"), "lz_name": readable_input(before)}
+        if hasattr(before, "_dynamo_source"):
+            after._dynamo_source = before._dynamo_source
+    for key, value in dynamo.meta.items():
+        aten.meta.setdefault(key, value)
+    if hasattr(dynamo, "_param_name_to_source"):
+        aten._param_name_to_source = dynamo._param_name_to_source
+
+
+def readable_input(node: fx.Node) -> str:
+    """A graph input as its user knows it: ``past_key_values.layers[0].keys`` or ``attention_mask``."""
+    source = getattr(node, "_dynamo_source", None)
+    name = source_name(source) if source is not None else ""
+    if not name:
+        grapharg = node.meta.get("grapharg")
+        name = source_name(grapharg.source) if getattr(grapharg, "source", None) is not None else node.name
+    return readable_source(name)
+
+
+def readable_source(name: str) -> str:
+    """``L['self']._modules['model']._modules['layers']._modules['0']`` -> ``model.layers.0``."""
+    name = re.sub(r"\._(modules|parameters|buffers)\['([^']*)'\]", r".\2", name)
+    name = re.sub(r"^L\['(self|kwargs|args)'\]", "", name)
+    name = re.sub(r"^L\['([^']*)'\]", r"\1", name)
+    name = re.sub(r"\['([^']*)'\]", r".\1", name)
+    name = re.sub(r"\[(\d+)\]", r".\1", name)
+    return name.lstrip(".")
+
+
+def module_path(node: fx.Node) -> str:
+    """The innermost module that a node was traced in, such as ``model.layers.0.self_attn``; empty at top level."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = list(stack.values())[-1][0]
+    return readable_source(path)

@@ -1,0 +1,236 @@
+"""What was compiled, which kernel runs where, and why: the face of the product.
+
+Enters: receipts and choices from the road.  Leaves: :class:`Report` objects, as text, JSON or Python values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from lz_compile.plan import INDUCTOR, Choice
+
+_MAX_REPORTS = 1024
+_published: list[GraphReport] = []
+_lock = threading.Lock()
+_watchers = threading.local()
+
+
+@dataclass
+class Receipt:
+    """One step of the road: what it did, or why it did nothing, and how long it took."""
+
+    step: str
+    seconds: float = 0.0
+    note: str = ""
+
+
+@dataclass
+class RegionReport:
+    """One recognised site.
+
+    ``kernel`` is ``"inductor"`` when the site was left alone; ``rejected`` maps the kernels that were not taken to why.
+    """
+
+    kind: str
+    module: str
+    pattern: str
+    shape: str
+    mask: str
+    cache: str
+    kernel: str
+    reason: str
+    rejected: dict[str, str] = field(default_factory=dict)
+    unproved: str = ""
+
+    @classmethod
+    def describe(cls, choice: Choice) -> RegionReport:
+        region = choice.region
+        attention = region.attention
+        cache = ""
+        if region.key_cache is not None:
+            name = region.key_cache.cache.meta.get("lz_name", region.key_cache.cache.name)
+            cache = f"{region.key_cache.kind} into {name}"
+        return cls(
+            kind=region.kind,
+            module=region.module,
+            pattern=region.pattern,
+            shape=_shape_text(attention) if attention is not None else "",
+            mask=str(attention.mask) if attention is not None else "",
+            cache=cache,
+            kernel=choice.kernel.name if choice.kernel else INDUCTOR,
+            reason=choice.reason,
+            rejected=dict(choice.rejected),
+            unproved=attention.mask.unproved if attention is not None else "",
+        )
+
+
+def _shape_text(attention: Any) -> str:
+    q, k, v = attention.fake()
+    value = "" if str(v.shape[-1]) == str(k.shape[-1]) else f", v head size {v.shape[-1]}"
+    dtype = str(q.dtype).removeprefix("torch.")
+    return (
+        f"batch {q.shape[0]}, {q.shape[1]} heads over {k.shape[1]}, {q.shape[2]} queries, {k.shape[2]} keys, "
+        f"head size {q.shape[3]}{value}, {dtype} on {q.device.type}"
+    )
+
+
+@dataclass
+class GraphReport:
+    """One compiled graph: its regions, the receipts of the steps, and why it was left alone if it was."""
+
+    compile_id: str
+    mode: str
+    options: dict[str, Any]
+    regions: list[RegionReport] = field(default_factory=list)
+    receipts: list[Receipt] = field(default_factory=list)
+    reason: str = ""
+
+    @classmethod
+    def start(cls, mode: str | None, options: dict[str, Any] | None) -> GraphReport:
+        compile_id = torch._guards.CompileContext.current_compile_id()
+        return cls(str(compile_id) if compile_id is not None else "", mode or "default", dict(options or {}))
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[Receipt]:
+        receipt = Receipt(name)
+        self.receipts.append(receipt)
+        start = time.perf_counter()
+        try:
+            yield receipt
+        finally:
+            receipt.seconds = time.perf_counter() - start
+
+    @property
+    def own_seconds(self) -> float:
+        """Time in our steps, Inductor's left out."""
+        return sum(receipt.seconds for receipt in self.receipts if receipt.step != "Inductor")
+
+
+@dataclass
+class Report:
+    """The graphs of one function, or one graph of :func:`lz_compile.reports`."""
+
+    graphs: list[GraphReport]
+
+    @property
+    def regions(self) -> list[RegionReport]:
+        return [region for graph in self.graphs for region in graph.regions]
+
+    def to_json(self) -> str:
+        """The report as JSON: ``{"graphs": [{"regions": [...], "receipts": [...], ...}]}``."""
+        return json.dumps({"graphs": [asdict(graph) for graph in self.graphs]}, indent=2, default=str)
+
+    def __str__(self) -> str:
+        if not self.graphs:
+            return "lz-compile: no graph was compiled with backend 'layerzero'"
+        return "\n\n".join(_graph_text(graph, i, len(self.graphs)) for i, graph in enumerate(self.graphs))
+
+
+def _graph_text(graph: GraphReport, index: int, count: int) -> str:
+    replaced = sum(region.kernel != INDUCTOR for region in graph.regions)
+    total = len(graph.regions)
+    name = f"graph {index + 1} of {count}" + (f" [{graph.compile_id}]" if graph.compile_id else "")
+    lines = [f"{name}: {replaced} of {total} attention sites run a chosen kernel, mode {graph.mode}"]
+    if graph.reason:
+        lines.append(f"  left to Inductor: {graph.reason}")
+    for modules, region in _grouped(graph.regions):
+        lines.append(f"  {modules}")
+        lines.append(f"    {region.pattern}: {region.shape or 'shape unknown'}")
+        if region.mask:
+            lines.append(f"    mask    {region.mask}")
+        if region.unproved:
+            lines.append(f"            not proved: {region.unproved}")
+        if region.cache:
+            lines.append(f"    cache   {region.cache}")
+        lines.append(f"    kernel  {region.kernel}: {region.reason}")
+        for kernel, why in region.rejected.items():
+            lines.append(f"            not {kernel}: {why}")
+    times = ", ".join(f"{r.step} {r.seconds:.2f} s" + (f" ({r.note})" if r.note else "") for r in graph.receipts)
+    lines.append(f"  steps   {times}")
+    return "\n".join(lines)
+
+
+def _grouped(regions: list[RegionReport]) -> list[tuple[str, RegionReport]]:
+    """Identical layers under one heading: ``model.layers.0-31.self_attn (32 sites)``."""
+    groups: dict[str, list[RegionReport]] = {}
+    for region in regions:
+        facts = asdict(region)
+        facts["module"] = re.sub(r"\.\d+(?=\.|$)", ".*", region.module)
+        facts["cache"] = re.sub(r"\.\d+(?=\.|$)", ".*", region.cache)
+        groups.setdefault(json.dumps(facts, default=str), []).append(region)
+    result = []
+    for members in groups.values():
+        first = members[0]
+        if len(members) == 1:
+            result.append((first.module or "(top level)", first))
+            continue
+        numbers = [int(n) for m in members if (n := _layer_number(m.module)) is not None]
+        heading = re.sub(r"\.\d+(?=\.|$)", f".{_ranges(numbers)}", first.module, count=1)
+        result.append((f"{heading or '(top level)'} ({len(members)} sites)", first))
+    return result
+
+
+def _layer_number(module: str) -> str | None:
+    found = re.search(r"\.(\d+)(?=\.|$)", module)
+    return found.group(1) if found else None
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``[0, 1, 2, 5]`` -> ``0-2,5``."""
+    parts: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+
+
+# -- the reports of this process -------------------------------------------------------------------------------------
+
+
+def publish(report: GraphReport) -> None:
+    with _lock:
+        _published.append(report)
+        del _published[:-_MAX_REPORTS]
+
+
+def reports() -> list[Report]:
+    """One report for each graph that this process compiled, oldest first (the newest 1024 are kept).
+
+    Graphs whose Inductor code came from a cache on disk are among them: planning runs on warm starts too.
+    """
+    with _lock:
+        return [Report([graph]) for graph in _published]
+
+
+def watched(compiled: Callable[..., Any], report: GraphReport) -> Callable[..., Any]:
+    """The compiled function; while :func:`watch` is active in the thread it also notes that it ran."""
+
+    def run(*args: Any) -> Any:
+        seen = getattr(_watchers, "seen", None)
+        if seen is not None and report not in seen:
+            seen.append(report)
+        return compiled(*args)
+
+    return run
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[list[GraphReport]]:
+    """Collects the reports of the graphs that run in this thread."""
+    previous = getattr(_watchers, "seen", None)
+    _watchers.seen = seen = []
+    try:
+        yield seen
+    finally:
+        _watchers.seen = previous

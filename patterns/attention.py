@@ -1,0 +1,467 @@
+"""Attention sites: PyTorch's SDPA call, and attention spelled out as matmul, softmax, matmul.
+
+Enters: a normalised graph.  Leaves: one :class:`~lz_compile.region.Region` a site, in graph order; a site that may not
+be replaced carries the reason in ``declined``.
+
+An eager site is anchored at its softmax.  Backwards it reads: casts, at most one mask (added, filled or selected),
+an optional logit softcap, scales, and a product of queries and transposed keys; forwards: casts, an inactive dropout,
+and a product with the values.  Nothing in between may be used by anyone else.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from lz_compile.aliasing import Aliases
+from lz_compile.mask import Bound, EmptyRow, MaskForm
+from lz_compile.patterns.cache import find_cache_write
+from lz_compile.patterns.heads import ungroup
+from lz_compile.patterns.masks import MaskProver
+from lz_compile.patterns.walk import CASTS, COPIES, arguments, aten, fake, same, scalar, target
+from lz_compile.region import Attention, Region
+
+_SOFTMAX = {aten.softmax.int, aten._softmax.default, aten.special_softmax.default}
+_PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default}
+
+
+class Declined(Exception):
+    """An attention site that may not be replaced; the message says why."""
+
+
+def find_attention(graph: fx.Graph, aliases: Aliases, module_of: Any) -> list[Region]:
+    """All attention sites of a graph.  ``module_of(node)`` gives the module path of a node."""
+    prover = MaskProver(graph, aliases)
+    regions: list[Region] = []
+    for node in list(graph.nodes):
+        if target(node) is aten.scaled_dot_product_attention.default:
+            site = _Site("sdpa", node)
+            read = _read_sdpa
+        elif target(node) in _SOFTMAX:
+            outline = _outline_eager(node)
+            if outline is None:
+                continue
+            site = outline
+            read = _read_eager
+        else:
+            continue
+        region = Region("attention", site.pattern, site.output, module_of(site.output))
+        try:
+            region.attention = read(site, prover, aliases)
+            region.nodes = sorted(site.nodes, key=aliases.position)
+            _require_replaceable(region, site, aliases)
+            region.key_cache = find_cache_write(region.attention.key, site.output, aliases)
+            region.value_cache = find_cache_write(region.attention.value, site.output, aliases)
+        except Declined as reason:
+            region.declined = str(reason)
+        regions.append(region)
+    return regions
+
+
+@dataclass
+class _Site:
+    """What is known of a site while it is read: its output, the nodes that belong to it alone, and for each outside
+    value the node that consumes it first."""
+
+    pattern: str
+    output: fx.Node
+    softmax: fx.Node | None = None
+    product: fx.Node | None = None
+    nodes: list[fx.Node] = field(default_factory=list)
+    readers: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+    def reads(self, value: fx.Node, through: list[fx.Node], consumer: fx.Node) -> None:
+        """Notes who consumed ``value`` first on its way into the site."""
+        self.readers.setdefault(value, through[0] if through else consumer)
+
+
+# -- PyTorch's own call ----------------------------------------------------------------------------------------------
+
+
+def _read_sdpa(site: _Site, prover: MaskProver, aliases: Aliases) -> Attention:
+    node = site.output
+    site.nodes = [node]
+    known = arguments(node)
+    query, key, value, mask = known["query"], known["key"], known["value"], known["attn_mask"]
+    if known["dropout_p"]:
+        raise Declined("dropout is active")
+    q, k, v = fake(query), fake(key), fake(value)
+    if q is None or k is None or v is None or not q.dim() == k.dim() == v.dim() == 4:
+        raise Declined("query, key and value are not all 4-d")
+    scale = known.get("scale")
+    if scale is None:
+        scale = 1.0 / math.sqrt(q.shape[-1])
+    scale = scalar(scale)
+    if scale is None:
+        raise Declined("the scale is known only at run time")
+    if not known.get("enable_gqa"):
+        key, value = _ungroup_both(site, key, value, node, node)
+        if not same(q.shape[1], k.shape[1]):
+            raise Declined("heads of query and key differ")
+    form, mask_node = MaskForm(), None
+    if mask is not None:
+        site.reads(mask, [], node)
+        if known["is_causal"]:
+            raise Declined("both a mask and is_causal")
+        form, mask_node = _prove(prover, mask, _scores_shape(query, key), node, "zero"), mask
+    elif known["is_causal"]:
+        form = MaskForm(upper=(Bound(0),))
+    return Attention(query, key, value, scale, form, mask_node)
+
+
+def _prove(prover: MaskProver, mask: fx.Node, shape: tuple[Any, ...], at: fx.Node, empty: EmptyRow) -> MaskForm:
+    """A mask argument: boolean (True = visible) or float (added)."""
+    value = fake(mask)
+    if value is None:
+        raise Declined("the mask is not a tensor")
+    if value.requires_grad:
+        raise Declined("needs gradient (of the mask)")
+    if value.dtype == torch.bool:
+        return prover.keep(mask, shape, at, empty)
+    if value.dtype.is_floating_point:
+        return prover.add(mask, shape, at, empty)
+    raise Declined(f"the mask has dtype {value.dtype}")
+
+
+def _ungroup_both(
+    site: _Site, key: fx.Node, value: fx.Node, key_reader: fx.Node, value_reader: fx.Node
+) -> tuple[fx.Node, fx.Node]:
+    base_key, through_key = ungroup(key)
+    base_value, through_value = ungroup(value)
+    k, v = fake(base_key), fake(base_value)
+    assert k is not None and v is not None
+    if not same(k.shape[1], v.shape[1]):
+        base_key, base_value, through_key, through_value = key, value, [], []
+    site.reads(base_key, through_key, key_reader)
+    site.reads(base_value, through_value, value_reader)
+    return base_key, base_value
+
+
+def _scores_shape(query: fx.Node, key: fx.Node) -> tuple[Any, ...]:
+    q, k = fake(query), fake(key)
+    assert q is not None and k is not None
+    return (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+
+
+# -- attention spelled out -------------------------------------------------------------------------------------------
+
+
+def _outline_eager(softmax: fx.Node) -> _Site | None:
+    """A softmax between two products, or None when this softmax is not an attention's."""
+    product = _back_to_product(softmax)
+    output = _forward_to_product(softmax)
+    if product is None or output is None:
+        return None
+    return _Site("eager", output, softmax, product)
+
+
+def _back_to_product(node: fx.Node, depth: int = 12) -> fx.Node | None:
+    """The product of queries and keys behind a softmax, through elementwise calls."""
+    current: Any = node.args[0]
+    for _ in range(depth):
+        if target(current) in _PRODUCTS:
+            return current
+        if not isinstance(current, fx.Node) or current.op != "call_function":
+            return None
+        tensors = [a for a in current.args if isinstance(a, fx.Node) and fake(a) is not None]
+        follow = [a for a in tensors if _leads_to_product(a)]
+        if len(follow) != 1:
+            return None
+        current = follow[0]
+    return None
+
+
+def _leads_to_product(node: Any, depth: int = 12) -> bool:
+    for _ in range(depth):
+        kind = target(node)
+        if kind in _PRODUCTS:
+            return True
+        if kind in CASTS | COPIES | _VIEW_LIKE or kind in _SCALES | _FILLS or kind in (aten.tanh.default,):
+            node = node.args[0] if kind not in _WHERE else node.args[1]
+        elif kind is aten.add.Tensor:
+            return any(_leads_to_product(a, depth - 1) for a in node.args[:2])
+        else:
+            return False
+    return False
+
+
+_VIEW_LIKE = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
+_SCALES = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}
+_WHERE = {aten.where.self, aten.where.ScalarOther}
+_FILLS = {aten.masked_fill.Scalar, aten.masked_fill.Tensor} | _WHERE
+
+
+def _forward_to_product(softmax: fx.Node, depth: int = 8) -> fx.Node | None:
+    """The product with the values that follows a softmax, through casts and dropout."""
+    current = softmax
+    for _ in range(depth):
+        users = list(current.users)
+        products = [user for user in users if target(user) in _PRODUCTS]
+        if products:
+            return products[0]
+        steps = [user for user in users if target(user) in CASTS | COPIES | _VIEW_LIKE | {aten.dropout.default}]
+        if len(steps) != 1:
+            return None
+        current = steps[0]
+    return None
+
+
+def _read_eager(site: _Site, prover: MaskProver, aliases: Aliases) -> Attention:
+    assert site.softmax is not None
+    _read_weights(site)
+    value = _value_of(site.output, site.nodes)
+    softmax = arguments(site.softmax)
+    scores_value = fake(site.softmax)
+    assert scores_value is not None
+    if softmax["dim"] not in (-1, scores_value.dim() - 1):
+        raise Declined("the softmax does not run over the keys")
+    site.nodes.append(site.softmax)
+    steps = _read_scores(site, softmax["self"])
+    query, key = steps.query, steps.key
+    q, k, v = fake(query), fake(key), fake(value)
+    if q is None or k is None or v is None or not q.dim() == k.dim() == v.dim() == 4:
+        raise Declined("query, key and value are not all 4-d")
+    if not (q.dtype == k.dtype == v.dtype) or fake(site.output).dtype != q.dtype:  # type: ignore[union-attr]
+        raise Declined("query, key and value differ in dtype")
+    if not (same(q.shape[0], k.shape[0]) and same(q.shape[0], v.shape[0])):
+        raise Declined("the product broadcasts over the batch")
+    assert site.product is not None
+    key, value = _ungroup_both(site, key, value, steps.key_reader or site.product, site.output)
+    shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    form = _mask_of(site, steps, prover, shape)
+    return Attention(query, key, value, steps.scale, form, steps.mask_node, steps.softcap)
+
+
+def _read_weights(site: _Site) -> None:
+    """Collects what stands between the softmax and the product with the values."""
+    node: fx.Node = site.output.args[0]  # type: ignore[assignment]
+    if target(site.output) is aten.einsum.default:
+        node = site.output.args[1][0]  # type: ignore[index, assignment]
+    site.nodes.append(site.output)
+    while node is not site.softmax:
+        kind = target(node)
+        if kind is aten.dropout.default:
+            known = arguments(node)
+            if known["train"] and known["p"]:
+                raise Declined("dropout is active")
+        elif kind not in CASTS | COPIES:
+            raise Declined(f"after the softmax comes {node.target}")
+        site.nodes.append(node)
+        node = node.args[0]  # type: ignore[assignment]
+
+
+def _value_of(output: fx.Node, nodes: list[fx.Node]) -> fx.Node:
+    kind = target(output)
+    if kind in (aten.matmul.default, aten.bmm.default):
+        return output.args[1]  # type: ignore[return-value]
+    if kind is aten.einsum.default:
+        equation, operands = output.args[0], output.args[1]
+        if _einsum_form(str(equation)) != "weights":
+            raise Declined(f"einsum {equation!r} is not weights times values")
+        return operands[1]  # type: ignore[index, return-value]
+    raise Declined(f"the product with the values is {output.target}")
+
+
+@dataclass
+class _Scores:
+    """The scores of an eager site, read from the softmax back to the product."""
+
+    query: fx.Node
+    key: fx.Node
+    scale: float = 1.0
+    softcap: float = 0.0
+    mask: fx.Node | None = None
+    how: str = ""
+    fill: float = 0.0
+    at: fx.Node | None = None
+    mask_node: fx.Node | None = None
+    key_reader: fx.Node | None = None
+
+
+def _read_scores(site: _Site, node: fx.Node) -> _Scores:
+    found = _Scores(node, node)
+    scaled = False
+    while target(node) not in _PRODUCTS:
+        kind = target(node)
+        site.nodes.append(node)
+        if kind in CASTS | COPIES:
+            node = node.args[0]  # type: ignore[assignment]
+            continue
+        if kind in (aten.add.Tensor, aten.sub.Tensor) or kind in _FILLS:
+            if scaled or found.softcap:
+                raise Declined("the scores are scaled after the mask")
+            if found.mask is not None:
+                raise Declined("more than one mask")
+            node = _read_mask_step(found, node, kind)
+        elif kind in _SCALES:
+            cap = _read_softcap(site, node, kind)
+            if cap is not None and not scaled and not found.softcap:
+                found.softcap, node = cap
+                continue
+            found.scale *= _factor(node, kind)
+            scaled = True
+            node = node.args[0] if target(node.args[0]) or scalar(node.args[0]) is None else node.args[1]  # type: ignore[assignment]
+        else:
+            raise Declined(f"before the softmax comes {node.target if isinstance(node, fx.Node) else node}")
+    site.nodes.append(node)
+    _read_product(found, node)
+    return found
+
+
+def _factor(node: fx.Node, kind: Any) -> float:
+    other = scalar(node.args[1])
+    if other is None and kind in (aten.mul.Tensor,):
+        other = scalar(node.args[0])
+    if other is None:
+        raise Declined("the scale is known only at run time")
+    return 1.0 / other if kind in (aten.div.Tensor, aten.div.Scalar) else other
+
+
+def _read_softcap(site: _Site, node: fx.Node, kind: Any) -> tuple[float, fx.Node] | None:
+    """``tanh(x / cap) * cap`` -> (cap, x)."""
+    inner = node.args[0]
+    if kind not in (aten.mul.Tensor, aten.mul.Scalar) or target(inner) is not aten.tanh.default:
+        return None
+    divided = inner.args[0]  # type: ignore[union-attr]
+    cap = scalar(node.args[1])
+    if cap is None or target(divided) not in _SCALES:
+        return None
+    if not math.isclose(_factor(divided, target(divided)) * cap, 1.0, rel_tol=1e-6):
+        return None
+    site.nodes += [inner, divided]  # type: ignore[list-item]
+    return cap, divided.args[0]  # type: ignore[union-attr]
+
+
+def _read_mask_step(found: _Scores, node: fx.Node, kind: Any) -> fx.Node:
+    """One mask on the scores; returns the scores under it."""
+    found.at = node
+    if kind is aten.add.Tensor:
+        left, right = node.args[:2]
+        if arguments(node)["alpha"] != 1 or not (isinstance(left, fx.Node) and isinstance(right, fx.Node)):
+            raise Declined("a number is added to the scores")
+        if _leads_to_product(right) and not _leads_to_product(left):
+            left, right = right, left
+        found.mask, found.how = right, "add"
+        return left
+    if kind in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        fill = scalar(node.args[2])
+        found.mask, found.how = node.args[1], "hide"  # type: ignore[assignment]
+        inner = node.args[0]
+    elif kind in _WHERE:
+        fill = scalar(node.args[2])
+        found.mask, found.how = node.args[0], "keep"  # type: ignore[assignment]
+        inner = node.args[1]
+    else:
+        raise Declined(f"before the softmax comes {node.target}")
+    scores = fake(node)
+    if fill is None or scores is None or fill > torch.finfo(scores.dtype).min:
+        raise Declined("masked scores are filled with a number that the softmax may still see")
+    found.fill = fill
+    return inner  # type: ignore[return-value]
+
+
+def _mask_of(site: _Site, found: _Scores, prover: MaskProver, shape: tuple[Any, ...]) -> MaskForm:
+    if found.mask is None:
+        return MaskForm()
+    assert found.at is not None
+    value = fake(found.mask)
+    if value is None:
+        raise Declined("the mask is not a tensor")
+    if value.requires_grad:
+        raise Declined("needs gradient (of the mask)")
+    if value.dim() > 4:
+        raise Declined("the mask has more than four dimensions")
+    if found.how == "add":
+        if not value.dtype.is_floating_point:
+            raise Declined(f"the mask has dtype {value.dtype}")
+        found.mask_node = found.mask
+        site.reads(found.mask, [], found.at)
+        return prover.add(found.mask, shape, found.at, "nan")
+    if value.dtype != torch.bool:
+        raise Declined(f"the mask has dtype {value.dtype}")
+    empty: EmptyRow = "nan" if math.isinf(found.fill) else "mean"
+    prove = prover.keep if found.how == "keep" else prover.hide
+    return prove(found.mask, shape, found.at, empty)
+
+
+def _read_product(found: _Scores, node: fx.Node) -> None:
+    """Queries times transposed keys."""
+    kind = target(node)
+    if kind is aten.einsum.default:
+        if _einsum_form(str(node.args[0])) != "scores":
+            raise Declined(f"einsum {node.args[0]!r} is not queries times keys")
+        found.query, found.key = node.args[1]  # type: ignore[misc, assignment]
+        return
+    if kind is aten.baddbmm.default:
+        raise Declined("baddbmm works on 3-d tensors")
+    query, transposed = node.args[:2]
+    key = _untransposed(transposed)
+    if key is None:
+        raise Declined("the keys are not transposed by a view of two dimensions")
+    found.query, found.key, found.key_reader = query, key, transposed  # type: ignore[assignment]
+
+
+def _untransposed(node: Any) -> fx.Node | None:
+    """``x`` behind ``x.transpose(-1, -2)``, also through the copies of ``repeat_kv`` spelled on the transposed keys."""
+    value = fake(node)
+    if value is None:
+        return None
+    rank = value.dim()
+    kind = target(node)
+    if kind in COPIES:
+        return _untransposed(node.args[0])
+    if kind is aten.transpose.int and {node.args[1] % rank, node.args[2] % rank} == {rank - 1, rank - 2}:
+        return node.args[0]
+    if kind in (aten.mT.default, aten.adjoint.default) if hasattr(aten, "mT") else False:
+        return node.args[0]
+    return None
+
+
+def _einsum_form(equation: str) -> str:
+    """``"scores"`` for ``bhqd,bhkd->bhqk``, ``"weights"`` for ``bhqk,bhkd->bhqd``, up to the letters used."""
+    try:
+        inputs, output = equation.replace(" ", "").split("->")
+        left, right = inputs.split(",")
+    except ValueError:
+        return ""
+    if not len(left) == len(right) == len(output) == 4 or left[:2] != right[:2] or left[:2] != output[:2]:
+        return ""
+    if len({*left, *right}) != 5:
+        return ""
+    if left[3] == right[3] and output[2:] == left[2] + right[2]:
+        return "scores"
+    if left[3] == right[2] and output[2:] == left[2] + right[3]:
+        return "weights"
+    return ""
+
+
+# -- guards that both patterns share ---------------------------------------------------------------------------------
+
+
+def _require_replaceable(region: Region, site: _Site, aliases: Aliases) -> None:
+    """The site's values are its own, its inputs are still what they were, and no gradient is wanted."""
+    attention = region.attention
+    assert attention is not None
+    inside = set(site.nodes)
+    for node in site.nodes:
+        if node is not site.output and any(user not in inside for user in node.users):
+            raise Declined("attention weights are used elsewhere")
+    q, k, v = attention.fake()
+    if any(x.requires_grad for x in (q, k, v)):
+        raise Declined("needs gradient")
+    if not q.dtype.is_floating_point or not q.dtype == k.dtype == v.dtype:
+        raise Declined("query, key and value differ in dtype")
+    if not (q.device == k.device == v.device):
+        raise Declined("query, key and value are on different devices")
+    if not same(q.shape[1] % k.shape[1], 0):
+        raise Declined("query heads are not a multiple of key/value heads")
+    if not (same(k.shape[1], v.shape[1]) and same(k.shape[2], v.shape[2]) and same(q.shape[3], k.shape[3])):
+        raise Declined("shapes of query, key and value do not fit")
+    site.reads(attention.query, [], site.product or site.output)
+    for node, reader in site.readers.items():
+        if aliases.written_between(node, reader, site.output):
+            raise Declined(f"{node.name} is written between its use and the result")

@@ -1,0 +1,95 @@
+"""Small steps that patterns share when they walk a graph: arguments by name, scalars, casts, equal sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+aten = torch.ops.aten
+
+# In-place spellings, read as the functional one once the writes were checked.
+FUNCTIONAL = {
+    aten.add_.Tensor: aten.add.Tensor,
+    aten.sub_.Tensor: aten.sub.Tensor,
+    aten.mul_.Tensor: aten.mul.Tensor,
+    aten.div_.Tensor: aten.div.Tensor,
+    aten.mul_.Scalar: aten.mul.Scalar,
+    aten.div_.Scalar: aten.div.Scalar,
+    aten.add_.Scalar: aten.add.Scalar,
+    aten.masked_fill_.Scalar: aten.masked_fill.Scalar,
+    aten.masked_fill_.Tensor: aten.masked_fill.Tensor,
+}
+
+CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default}
+COPIES = {aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default}
+
+
+def target(node: Any) -> Any:
+    """The operator of a call, in-place spellings as their functional twin; None for anything else."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return None
+    return FUNCTIONAL.get(node.target, node.target)
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """All arguments of an ATen call by name, defaults filled in."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    values: dict[str, Any] = {}
+    for position, argument in enumerate(schema.arguments):
+        if position < len(node.args):
+            values[argument.name] = node.args[position]
+        elif argument.name in node.kwargs:
+            values[argument.name] = node.kwargs[argument.name]
+        elif argument.has_default_value():
+            values[argument.name] = argument.default_value
+    return values
+
+
+def fake(node: Any) -> torch.Tensor | None:
+    """The fake tensor of a node, None when it is not a tensor."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def same(a: Any, b: Any) -> bool:
+    """True when two sizes are known to be equal, without adding a guard."""
+    return bool(statically_known_true(a == b))
+
+
+def same_shape(a: Any, b: Any) -> bool:
+    return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+
+
+def scalar(value: Any) -> float | None:
+    """A Python number, or the number behind a 0-d constant in the graph; None when it is known only at run time."""
+    if isinstance(value, (bool, int, float)):
+        return float(value)
+    if isinstance(value, fx.Node):
+        if target(value) in CASTS | COPIES:
+            return scalar(value.args[0])
+        if target(value) in (aten.full.default, aten.scalar_tensor.default):
+            known = arguments(value)
+            return scalar(known.get("fill_value", known.get("s")))
+        constant = constant_tensor(value)
+        if constant is not None and constant.numel() == 1:
+            return float(constant.item())
+    return None
+
+
+def constant_tensor(node: fx.Node) -> torch.Tensor | None:
+    """The tensor behind a ``get_attr`` node of a small constant that nothing writes to."""
+    if node.op != "get_attr" or node.graph.owning_module is None:
+        return None
+    value = getattr(node.graph.owning_module, str(node.target), None)
+    is_plain = isinstance(value, torch.Tensor) and not isinstance(value, torch._subclasses.FakeTensor)
+    return value if is_plain and value.numel() <= 1 else None
+
+
+def strip(node: fx.Node, targets: set[Any]) -> fx.Node:
+    """Walks back through unary calls whose operator is in ``targets``."""
+    while target(node) in targets:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
