@@ -37,7 +37,12 @@ def make_cache(model: LlamaForCausalLM, batch: int, length: int) -> StaticCache:
 
 @torch.no_grad()
 def decode(
-    model: LlamaForCausalLM, prompt: torch.Tensor, cache: StaticCache, new_tokens: int, prefill_step: Step, decode_step: Step
+    model: LlamaForCausalLM,
+    prompt: torch.Tensor,
+    cache: StaticCache,
+    new_tokens: int,
+    prefill_step: Step,
+    decode_step: Step,
 ) -> tuple[torch.Tensor, float]:
     """Greedy tokens [batch, new_tokens], and decoded tokens per second of the whole batch."""
     cache.reset()
@@ -63,7 +68,9 @@ def main() -> int:
         description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--backend", default="layerzero")
-    parser.add_argument("--mode", default="reduce-overhead" if on_gpu else None, help="mode of torch.compile for decode")
+    parser.add_argument(
+        "--mode", default="reduce-overhead" if on_gpu else None, help="mode of torch.compile for decode"
+    )
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64)

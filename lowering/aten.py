@@ -26,7 +26,7 @@ def _call(emitter: Emitter, region: Region, mask: fx.Node | None, is_causal: boo
     assert a is not None
     extra = {"enable_gqa": True} if _grouped(a) else {}
     return emitter.call(
-        region.output, _SDPA, a.query, a.key, a.value, mask, 0.0, is_causal, scale=float(a.scale), **extra
+        region.output, _SDPA, *emitter.inputs(region), mask, 0.0, is_causal, scale=float(a.scale), **extra
     )
 
 
@@ -45,7 +45,7 @@ def _supports_flags(region: Region) -> Verdict:
 def _emit_flags(emitter: Emitter, region: Region) -> fx.Node:
     a = region.attention
     assert a is not None
-    return _call(emitter, region, None, a.mask.is_causal)
+    return emitter.result(region, _call(emitter, region, None, a.mask.is_causal))
 
 
 def _supports_mask(region: Region) -> Verdict:
@@ -65,9 +65,9 @@ def _emit_mask(emitter: Emitter, region: Region) -> fx.Node:
     a = region.attention
     assert a is not None and a.mask_node is not None
     out = _call(emitter, region, a.mask_node, False)
-    if region.pattern == "sdpa" or not _may_be_infinite(a):
-        return out
-    return _nan_where_empty(emitter, region, a.mask_node, out)
+    if region.pattern != "sdpa" and _may_be_infinite(a):
+        out = _nan_where_empty(emitter, region, a.mask_node, out)
+    return emitter.result(region, out)
 
 
 def _may_be_infinite(a: Attention) -> bool:

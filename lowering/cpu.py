@@ -20,6 +20,7 @@ from lz_compile.lowering.semantic import (
     CHUNK_SHIFT,
     HOLES,
     LOWER,
+    SAFE_MEAN,
     START,
     STOP,
     UPPER,
@@ -283,13 +284,19 @@ def _empty_rows(
         return torch.zeros((), dtype=query.dtype)
     if empty_row == 2:
         return torch.full((), float("nan"), dtype=query.dtype)
+    group = query.shape[1] // value.shape[1]
+    compute = torch.promote_types(query.dtype, torch.float32)
     if hidden.mask is not None and hidden.mask.dtype != torch.bool:
         bias = hidden.cut(rows, queries, slice(0, key.shape[2]))
         assert bias is not None
-        bias = bias.to(query.dtype)
-        return _sdpa(query[rows, :, queries], key[rows], value[rows], bias, False, scale)
-    mean = value[rows].to(torch.float32).mean(2, keepdim=True).to(query.dtype)
-    return mean.repeat_interleave(query.shape[1] // value.shape[1], 1)
+        k = key[rows].to(compute).repeat_interleave(group, 1)
+        scores = query[rows, :, queries].to(compute) @ k.transpose(-1, -2) * scale + bias.to(compute)
+        weights = torch.softmax(scores, -1)
+        if empty_row == SAFE_MEAN:
+            weights = weights.masked_fill((scores == float("-inf")).all(-1, keepdim=True), 0.0)
+        return (weights @ value[rows].to(compute).repeat_interleave(group, 1)).to(query.dtype)
+    mean = value[rows].to(compute).mean(2, keepdim=True).to(query.dtype)
+    return mean.repeat_interleave(group, 1)
 
 
 _library.impl("attend_cpu", attend_cpu, "CPU")
@@ -327,12 +334,10 @@ def _emit(emitter: Emitter, region: Region) -> fx.Node:
     a = region.attention
     assert a is not None
     m = emitter.mask_arguments(region)
-    return emitter.call(
+    out = emitter.call(
         region.output,
         torch.ops.lz_compile.attend_cpu.default,
-        a.query,
-        a.key,
-        a.value,
+        *emitter.inputs(region),
         m.bounds,
         m.key_mask,
         m.query_documents,
@@ -343,6 +348,7 @@ def _emit(emitter: Emitter, region: Region) -> fx.Node:
         m.chunk,
         m.empty_row,
     )
+    return emitter.result(region, out)
 
 
 RANGES = Kernel(

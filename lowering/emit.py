@@ -15,9 +15,9 @@ import torch.fx as fx
 
 from lz_compile.aliasing import Aliases
 from lz_compile.compat import fake_mode_of
-from lz_compile.lowering.semantic import BOUND_COLUMNS, NO_LOWER, NO_UPPER
+from lz_compile.lowering.semantic import BOUND_COLUMNS, EMPTY_ROW, NO_LOWER, NO_UPPER, SAFE_MEAN
 from lz_compile.mask import Bound, Documents, MaskForm, Read
-from lz_compile.region import Attention, Region
+from lz_compile.region import Region
 
 aten = torch.ops.aten
 
@@ -62,38 +62,61 @@ class Emitter:
             self._shared[key] = build()
         return self._shared[key]
 
+    def inputs(self, region: Region) -> tuple[fx.Node, fx.Node, fx.Node]:
+        """Query, key and value of an attention region, 4-d."""
+        a = region.attention
+        assert a is not None
+        if a.stacked is None:
+            return a.query, a.key, a.value
+        return tuple(self._unstacked(region.output, node, a.stacked) for node in (a.query, a.key, a.value))  # type: ignore[return-value]
+
+    def _unstacked(self, anchor: fx.Node, node: fx.Node, heads: int) -> fx.Node:
+        if heads:
+            return self.call(anchor, aten.unflatten.int, node, 0, [-1, heads])
+        return self.call(anchor, aten.unsqueeze.default, node, 0)
+
+    def result(self, region: Region, node: fx.Node) -> fx.Node:
+        """A kernel's 4-d result in the shape of the region's output."""
+        a = region.attention
+        assert a is not None
+        return node if a.stacked is None else self.call(region.output, aten.flatten.using_ints, node, 0, 1)
+
     def mask_arguments(self, region: Region) -> MaskArguments:
         """The mask of an attention region as kernel arguments."""
         attention = region.attention
         assert attention is not None
         if attention.mask.is_trivial:
             return MaskArguments()
-        key = ("mask", attention.mask, str(attention.query.meta["val"].shape[::2]), str(attention.keys))
-        return self.shared(key, lambda: _MaskEmission(self, region.output, attention).build())
+        key = ("mask", attention.mask, region.pattern, str(attention.batch), str(attention.queries), str(attention.keys))
+        return self.shared(key, lambda: _MaskEmission(self, region).build())
 
 
 class _MaskEmission:
     """Emits one mask in front of one anchor."""
 
-    def __init__(self, emitter: Emitter, anchor: fx.Node, attention: Attention) -> None:
+    def __init__(self, emitter: Emitter, region: Region) -> None:
+        attention = region.attention
+        assert attention is not None
         self.emitter = emitter
-        self.anchor = anchor
+        self.region = region
+        self.anchor = region.output
         self.form: MaskForm = attention.mask
         self.attention = attention
         self.device = attention.query.meta["val"].device
-        self.batch = self._size(attention.query, 0)
-        self.queries = self._size(attention.query, 2)
-        self.keys = self._size(attention.key, 2)
+        query, key, _ = emitter.inputs(region)
+        self.batch = self._size(query, 0)
+        self.queries = self._size(query, 2)
+        self.keys = self._size(key, 2)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return self.emitter.call(self.anchor, target, *args, **kwargs)
 
     def build(self) -> MaskArguments:
-        from lz_compile.lowering.semantic import EMPTY_ROW
-
         form = self.form
         key_mask = self._key_mask()
         mask = self._dense_mask()
+        if len(form.documents) > 1:
+            raise NotImplementedError("a mask with two document terms")
         documents = form.documents[0] if form.documents else None
         return MaskArguments(
             bounds=self._bounds(key_mask, mask),
@@ -102,8 +125,14 @@ class _MaskEmission:
             key_documents=self._documents(documents, "keys") if documents else None,
             mask=mask,
             chunk=form.chunk.size if form.chunk else 0,
-            empty_row=EMPTY_ROW[form.empty_row],
+            empty_row=self._empty_row(),
         )
+
+    def _empty_row(self) -> int:
+        """SDPA gives zeros for a row of an additive mask that is -inf throughout, a softmax gives NaN."""
+        if self.form.bias is not None:
+            return SAFE_MEAN if self.region.pattern == "sdpa" else EMPTY_ROW["mean"]
+        return EMPTY_ROW[self.form.empty_row]
 
     # -- sizes and runtime integers
 
@@ -206,8 +235,12 @@ class _MaskEmission:
 
     def _key_mask(self) -> fx.Node | None:
         result: fx.Node | None = None
-        for read in self.form.key_padding:
+        visible = [(read, False) for read in self.form.key_padding]
+        hidden = [(read, True) for read in self.form.key_hidden]
+        for read, hides in visible + hidden:
             rows = self._rows(read, "k", self.keys)
+            if hides:
+                rows = self.call(aten.logical_not.default, rows)
             result = rows if result is None else self.call(aten.logical_and.default, result, rows)
         return result
 

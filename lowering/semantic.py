@@ -15,6 +15,8 @@ NO_LOWER = -(1 << 30)
 
 # What a row in which no key is visible gives; see lz_compile.mask.MaskForm.empty_row.
 EMPTY_ROW = {"zero": 0, "mean": 1, "nan": 2}
+# For an additive mask given to SDPA: as 1, but zeros where the whole row is -inf.
+SAFE_MEAN = 3
 
 
 def visible_keys(
@@ -86,7 +88,8 @@ def attend(
         scale, softcap: softcap 0.0 means none, else scores become ``softcap * tanh(scale * q k^T / softcap)``.
         chunk: chunk size, 0 for none: ``(k - origin) // chunk == (q + shift - origin) // chunk``.
         empty_row: what a row without visible keys gives: 0 zeros, 1 the softmax over all N keys of the additive
-            ``mask`` (with no additive mask: the mean of all values), 2 NaN.
+            ``mask`` (with no additive mask: the mean of all values; NaN where it is -inf throughout), 2 NaN, 3 as 1
+            but zeros instead of that NaN.
 
     Returns:
         [B, Hq, M, Dv] in the dtype of ``query``, computed in float32 (float64 for float64 inputs), with the memory of
@@ -111,8 +114,10 @@ def attend(
     empty = ~visible.any(-1, keepdim=True)
     if empty_row == 0:
         fallback = torch.zeros_like(weights)
-    elif empty_row == 1:
+    elif empty_row in (1, SAFE_MEAN):
         fallback = torch.softmax(scores if additive else torch.zeros_like(scores), -1)
+        if empty_row == SAFE_MEAN and additive:
+            fallback = fallback.masked_fill((scores == float("-inf")).all(-1, keepdim=True), 0.0)
     else:
         fallback = torch.full_like(weights, float("nan"))
     weights = torch.where(empty, fallback, weights)

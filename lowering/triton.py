@@ -82,9 +82,7 @@ def _arguments(emitter: Emitter, region: Region) -> tuple[Any, ...]:
     assert a is not None
     m = emitter.mask_arguments(region)
     return (
-        a.query,
-        a.key,
-        a.value,
+        *emitter.inputs(region),
         m.bounds,
         m.key_mask,
         m.query_documents,
@@ -98,11 +96,13 @@ def _arguments(emitter: Emitter, region: Region) -> tuple[Any, ...]:
 
 
 def _emit_split_kv(emitter: Emitter, region: Region) -> fx.Node:
-    return emitter.call(region.output, torch.ops.lz_compile.split_kv_v1.default, *_arguments(emitter, region))
+    out = emitter.call(region.output, torch.ops.lz_compile.split_kv_v1.default, *_arguments(emitter, region))
+    return emitter.result(region, out)
 
 
 def _emit_tiled(emitter: Emitter, region: Region) -> fx.Node:
-    return emitter.call(region.output, torch.ops.lz_compile.tiled_v1.default, *_arguments(emitter, region))
+    out = emitter.call(region.output, torch.ops.lz_compile.tiled_v1.default, *_arguments(emitter, region))
+    return emitter.result(region, out)
 
 
 SPLIT_KV = Kernel(

@@ -106,8 +106,8 @@ class MaskForm:
 
     ``upper``, ``lower``, ``start`` and ``stop`` hold several bounds when the graph states several (a causal mask and a
     bidirectional window, say); all of them hold.  ``key_padding`` are boolean reads indexed by ``b`` and ``k`` (some
-    may ignore ``b``), ``key_hidden`` the same with True for hidden keys.  ``dense`` is the part that was not proved: the whole boolean mask, to be read by the kernel
-    (it marks the hidden keys instead of the visible ones when ``dense_hides``).
+    may ignore ``b``), ``key_hidden`` the same with True for hidden keys.  ``dense`` is the part that was not proved:
+    the whole boolean mask, to be read by the kernel (with ``dense_hides`` it is True where a key is hidden).
     ``bias`` is an additive float mask that was not proved to be a mask.  Terms that were proved beside a ``dense``
     or ``bias`` part stand, so a kernel may narrow its range by them.
 

@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lz_compile.compat import fake_mode_of, is_higher_order, source_name
+from lz_compile.gradients import mark_gradients
 
 
 class LeftAlone(Exception):
@@ -42,6 +43,8 @@ def normalize(dynamo: fx.GraphModule) -> fx.GraphModule:
     with fake_mode:
         aten = make_fx(interpret, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*values)
     _carry_dynamo_facts(dynamo, aten)
+    inputs = [node for node in aten.graph.nodes if node.op == "placeholder"]
+    mark_gradients(aten.graph, {n: isinstance(v, torch.Tensor) and v.requires_grad for n, v in zip(inputs, values)})
     return aten
 
 

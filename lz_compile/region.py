@@ -22,6 +22,9 @@ class Attention:
     ``mask_node`` is the mask as the graph had it (bool, True = visible, or float to be added; broadcastable to
     ``[B, Hq, M, N]``), None when there was none or when it is not a value on its own; ``mask`` is what was proved.
     ``softcap`` is 0.0 when there is none; else scores become ``softcap * tanh(scores / softcap)`` before the mask.
+
+    ``stacked`` is None for 4-d values.  For batched products of 3-d values ``[B * H, M, D]`` it is ``H``, or 0 when the
+    graph does not tell ``B`` from ``H``: then the whole first dimension counts as heads of one batch row.
     """
 
     query: fx.Node
@@ -31,32 +34,39 @@ class Attention:
     mask: MaskForm
     mask_node: fx.Node | None = None
     softcap: float = 0.0
+    stacked: int | None = None
 
     def fake(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The fake query, key and value."""
-        return self.query.meta["val"], self.key.meta["val"], self.value.meta["val"]
+        """The fake query, key and value, 4-d."""
+        return self._fake(self.query), self._fake(self.key), self._fake(self.value)
+
+    def _fake(self, node: fx.Node) -> torch.Tensor:
+        value = node.meta["val"]
+        if self.stacked is None:
+            return value
+        return value.unflatten(0, (-1, self.stacked)) if self.stacked else value.unsqueeze(0)
 
     @property
     def batch(self) -> int:
-        return self.query.meta["val"].shape[0]
+        return self.fake()[0].shape[0]
 
     @property
     def query_heads(self) -> int:
-        return self.query.meta["val"].shape[1]
+        return self.fake()[0].shape[1]
 
     @property
     def kv_heads(self) -> int:
-        return self.key.meta["val"].shape[1]
+        return self.fake()[1].shape[1]
 
     @property
     def queries(self) -> int:
         """Query length M."""
-        return self.query.meta["val"].shape[2]
+        return self.query.meta["val"].shape[-2]
 
     @property
     def keys(self) -> int:
         """Key length N."""
-        return self.key.meta["val"].shape[2]
+        return self.key.meta["val"].shape[-2]
 
 
 @dataclass

@@ -18,11 +18,12 @@ import torch
 import torch.fx as fx
 
 from lz_compile.aliasing import Aliases
+from lz_compile.gradients import needs_gradient
 from lz_compile.mask import Bound, EmptyRow, MaskForm
 from lz_compile.patterns.cache import find_cache_write
 from lz_compile.patterns.heads import ungroup
 from lz_compile.patterns.masks import MaskProver
-from lz_compile.patterns.walk import CASTS, COPIES, arguments, aten, fake, same, scalar, target
+from lz_compile.patterns.walk import CASTS, COPIES, arguments, aten, fake, same, same_shape, scalar, target
 from lz_compile.region import Attention, Region
 
 _SOFTMAX = {aten.softmax.int, aten._softmax.default, aten.special_softmax.default}
@@ -73,6 +74,7 @@ class _Site:
     product: fx.Node | None = None
     nodes: list[fx.Node] = field(default_factory=list)
     readers: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    stacked: int | None = None
 
     def reads(self, value: fx.Node, through: list[fx.Node], consumer: fx.Node) -> None:
         """Notes who consumed ``value`` first on its way into the site."""
@@ -90,8 +92,10 @@ def _read_sdpa(site: _Site, prover: MaskProver, aliases: Aliases) -> Attention:
     if known["dropout_p"]:
         raise Declined("dropout is active")
     q, k, v = fake(query), fake(key), fake(value)
-    if q is None or k is None or v is None or not q.dim() == k.dim() == v.dim() == 4:
+    if q is None or k is None or v is None or not q.dim() == k.dim() == v.dim() or q.dim() not in (3, 4):
         raise Declined("query, key and value are not all 4-d")
+    if q.dim() == 3:
+        site.stacked = 0
     scale = known.get("scale")
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
@@ -100,17 +104,17 @@ def _read_sdpa(site: _Site, prover: MaskProver, aliases: Aliases) -> Attention:
         raise Declined("the scale is known only at run time")
     if not known.get("enable_gqa"):
         key, value = _ungroup_both(site, key, value, node, node)
-        if not same(q.shape[1], k.shape[1]):
+        if not same(q.shape[-3], k.shape[-3]):
             raise Declined("heads of query and key differ")
     form, mask_node = MaskForm(), None
     if mask is not None:
         site.reads(mask, [], node)
         if known["is_causal"]:
             raise Declined("both a mask and is_causal")
-        form, mask_node = _prove(prover, mask, _scores_shape(query, key), node, "zero"), mask
+        form, mask_node = _prove(prover, mask, _scores_shape(site, query, key), node, "zero"), mask
     elif known["is_causal"]:
         form = MaskForm(upper=(Bound(0),))
-    return Attention(query, key, value, scale, form, mask_node)
+    return Attention(query, key, value, scale, form, mask_node, stacked=site.stacked)
 
 
 def _prove(prover: MaskProver, mask: fx.Node, shape: tuple[Any, ...], at: fx.Node, empty: EmptyRow) -> MaskForm:
@@ -118,7 +122,7 @@ def _prove(prover: MaskProver, mask: fx.Node, shape: tuple[Any, ...], at: fx.Nod
     value = fake(mask)
     if value is None:
         raise Declined("the mask is not a tensor")
-    if value.requires_grad:
+    if needs_gradient(mask):
         raise Declined("needs gradient (of the mask)")
     if value.dtype == torch.bool:
         return prover.keep(mask, shape, at, empty)
@@ -134,17 +138,22 @@ def _ungroup_both(
     base_value, through_value = ungroup(value)
     k, v = fake(base_key), fake(base_value)
     assert k is not None and v is not None
-    if not same(k.shape[1], v.shape[1]):
+    if not same(k.shape[-3], v.shape[-3]):
         base_key, base_value, through_key, through_value = key, value, [], []
     site.reads(base_key, through_key, key_reader)
     site.reads(base_value, through_value, value_reader)
     return base_key, base_value
 
 
-def _scores_shape(query: fx.Node, key: fx.Node) -> tuple[Any, ...]:
+def _scores_shape(site: _Site, query: fx.Node, key: fx.Node) -> tuple[Any, ...]:
+    """[B, Hq, M, N]."""
     q, k = fake(query), fake(key)
     assert q is not None and k is not None
-    return (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    if site.stacked is None:
+        return (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    if not site.stacked:
+        return (1, q.shape[0], q.shape[1], k.shape[1])
+    return (q.shape[0] // site.stacked, site.stacked, q.shape[1], k.shape[1])
 
 
 # -- attention spelled out -------------------------------------------------------------------------------------------
@@ -189,6 +198,7 @@ def _leads_to_product(node: Any, depth: int = 12) -> bool:
     return False
 
 
+_SWAPS = {aten.mT.default, aten.adjoint.default}
 _VIEW_LIKE = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 _SCALES = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}
 _WHERE = {aten.where.self, aten.where.ScalarOther}
@@ -223,17 +233,18 @@ def _read_eager(site: _Site, prover: MaskProver, aliases: Aliases) -> Attention:
     steps = _read_scores(site, softmax["self"])
     query, key = steps.query, steps.key
     q, k, v = fake(query), fake(key), fake(value)
-    if q is None or k is None or v is None or not q.dim() == k.dim() == v.dim() == 4:
+    if q is None or k is None or v is None or not q.dim() == k.dim() == v.dim() or q.dim() not in (3, 4):
         raise Declined("query, key and value are not all 4-d")
+    if q.dim() == 3 and site.stacked is None:
+        site.stacked = 0
     if not (q.dtype == k.dtype == v.dtype) or fake(site.output).dtype != q.dtype:  # type: ignore[union-attr]
         raise Declined("query, key and value differ in dtype")
     if not (same(q.shape[0], k.shape[0]) and same(q.shape[0], v.shape[0])):
         raise Declined("the product broadcasts over the batch")
     assert site.product is not None
     key, value = _ungroup_both(site, key, value, steps.key_reader or site.product, site.output)
-    shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    form = _mask_of(site, steps, prover, shape)
-    return Attention(query, key, value, steps.scale, form, steps.mask_node, steps.softcap)
+    form = _mask_of(site, steps, prover, _scores_shape(site, query, key))
+    return Attention(query, key, value, steps.scale, form, steps.mask_node, steps.softcap, site.stacked)
 
 
 def _read_weights(site: _Site) -> None:
@@ -248,6 +259,8 @@ def _read_weights(site: _Site) -> None:
             known = arguments(node)
             if known["train"] and known["p"]:
                 raise Declined("dropout is active")
+        elif kind in _VIEW_LIKE:
+            _require_stacking(site, node.args[0], node)  # type: ignore[arg-type]
         elif kind not in CASTS | COPIES:
             raise Declined(f"after the softmax comes {node.target}")
         site.nodes.append(node)
@@ -273,6 +286,7 @@ class _Scores:
     query: fx.Node
     key: fx.Node
     scale: float = 1.0
+    scaled: bool = False
     softcap: float = 0.0
     mask: fx.Node | None = None
     how: str = ""
@@ -284,32 +298,52 @@ class _Scores:
 
 def _read_scores(site: _Site, node: fx.Node) -> _Scores:
     found = _Scores(node, node)
-    scaled = False
     while target(node) not in _PRODUCTS:
         kind = target(node)
         site.nodes.append(node)
         if kind in CASTS | COPIES:
             node = node.args[0]  # type: ignore[assignment]
             continue
-        if kind in (aten.add.Tensor, aten.sub.Tensor) or kind in _FILLS:
-            if scaled or found.softcap:
+        if kind in _VIEW_LIKE:
+            _require_stacking(site, node, node.args[0])  # type: ignore[arg-type]
+            node = node.args[0]  # type: ignore[assignment]
+        elif kind in (aten.add.Tensor, aten.sub.Tensor) or kind in _FILLS:
+            if site.stacked is None and _is_stacked(node) and fake(site.softmax).dim() == 4:  # type: ignore[union-attr]
+                raise Declined("the mask is applied to stacked heads")
+            if found.scaled or found.softcap:
                 raise Declined("the scores are scaled after the mask")
             if found.mask is not None:
                 raise Declined("more than one mask")
             node = _read_mask_step(found, node, kind)
         elif kind in _SCALES:
             cap = _read_softcap(site, node, kind)
-            if cap is not None and not scaled and not found.softcap:
+            if cap is not None and not found.scaled and not found.softcap:
                 found.softcap, node = cap
                 continue
             found.scale *= _factor(node, kind)
-            scaled = True
+            found.scaled = True
             node = node.args[0] if target(node.args[0]) or scalar(node.args[0]) is None else node.args[1]  # type: ignore[assignment]
         else:
             raise Declined(f"before the softmax comes {node.target if isinstance(node, fx.Node) else node}")
     site.nodes.append(node)
-    _read_product(found, node)
+    _read_product(site, found, node)
     return found
+
+
+def _is_stacked(node: fx.Node) -> bool:
+    value = fake(node)
+    return value is not None and value.dim() == 3
+
+
+def _require_stacking(site: _Site, wide: fx.Node, stacked: fx.Node) -> None:
+    """A view between scores ``[B, H, M, N]`` and ``[B * H, M, N]``; notes H."""
+    four, three = fake(wide), fake(stacked)
+    fits = four is not None and three is not None and four.dim() == 4 and three.dim() == 3
+    if not fits or not same_shape(four.shape[2:], three.shape[1:]) or not isinstance(four.shape[1], int):  # type: ignore[union-attr]
+        raise Declined("the scores are reshaped")
+    if site.stacked not in (None, four.shape[1]):  # type: ignore[union-attr]
+        raise Declined("the scores are reshaped")
+    site.stacked = four.shape[1]  # type: ignore[union-attr]
 
 
 def _factor(node: fx.Node, kind: Any) -> float:
@@ -371,7 +405,7 @@ def _mask_of(site: _Site, found: _Scores, prover: MaskProver, shape: tuple[Any, 
     value = fake(found.mask)
     if value is None:
         raise Declined("the mask is not a tensor")
-    if value.requires_grad:
+    if needs_gradient(found.mask):
         raise Declined("needs gradient (of the mask)")
     if value.dim() > 4:
         raise Declined("the mask has more than four dimensions")
@@ -388,7 +422,7 @@ def _mask_of(site: _Site, found: _Scores, prover: MaskProver, shape: tuple[Any, 
     return prove(found.mask, shape, found.at, empty)
 
 
-def _read_product(found: _Scores, node: fx.Node) -> None:
+def _read_product(site: _Site, found: _Scores, node: fx.Node) -> None:
     """Queries times transposed keys."""
     kind = target(node)
     if kind is aten.einsum.default:
@@ -396,9 +430,17 @@ def _read_product(found: _Scores, node: fx.Node) -> None:
             raise Declined(f"einsum {node.args[0]!r} is not queries times keys")
         found.query, found.key = node.args[1]  # type: ignore[misc, assignment]
         return
-    if kind is aten.baddbmm.default:
-        raise Declined("baddbmm works on 3-d tensors")
     query, transposed = node.args[:2]
+    if kind is aten.baddbmm.default:
+        known = arguments(node)
+        query, transposed = known["batch1"], known["batch2"]
+        found.scale *= known["alpha"]
+        if known["beta"]:
+            if known["beta"] != 1 or found.mask is not None or found.scaled:
+                raise Declined("baddbmm adds to scores that are scaled or masked afterwards")
+            if site.stacked:
+                raise Declined("the mask is applied to stacked heads")
+            found.mask, found.how, found.at = known["self"], "add", node
     key = _untransposed(transposed)
     if key is None:
         raise Declined("the keys are not transposed by a view of two dimensions")
@@ -406,7 +448,7 @@ def _read_product(found: _Scores, node: fx.Node) -> None:
 
 
 def _untransposed(node: Any) -> fx.Node | None:
-    """``x`` behind ``x.transpose(-1, -2)``, also through the copies of ``repeat_kv`` spelled on the transposed keys."""
+    """``x`` behind ``x.transpose(-1, -2)``, ``x.permute(..., -1, -2)`` or ``x.mT``."""
     value = fake(node)
     if value is None:
         return None
@@ -416,9 +458,11 @@ def _untransposed(node: Any) -> fx.Node | None:
         return _untransposed(node.args[0])
     if kind is aten.transpose.int and {node.args[1] % rank, node.args[2] % rank} == {rank - 1, rank - 2}:
         return node.args[0]
-    if kind in (aten.mT.default, aten.adjoint.default) if hasattr(aten, "mT") else False:
-        return node.args[0]
-    return None
+    if kind is aten.permute.default:
+        order = [dim % rank for dim in node.args[1]]
+        swapped = [*range(rank - 2), rank - 1, rank - 2]
+        return node.args[0] if order == swapped else None
+    return node.args[0] if kind in _SWAPS else None
 
 
 def _einsum_form(equation: str) -> str:
@@ -451,7 +495,7 @@ def _require_replaceable(region: Region, site: _Site, aliases: Aliases) -> None:
         if node is not site.output and any(user not in inside for user in node.users):
             raise Declined("attention weights are used elsewhere")
     q, k, v = attention.fake()
-    if any(x.requires_grad for x in (q, k, v)):
+    if any(needs_gradient(x) for x in (attention.query, attention.key, attention.value)):
         raise Declined("needs gradient")
     if not q.dtype.is_floating_point or not q.dtype == k.dtype == v.dtype:
         raise Declined("query, key and value differ in dtype")
@@ -459,6 +503,8 @@ def _require_replaceable(region: Region, site: _Site, aliases: Aliases) -> None:
         raise Declined("query, key and value are on different devices")
     if not same(q.shape[1] % k.shape[1], 0):
         raise Declined("query heads are not a multiple of key/value heads")
+    if attention.stacked == 0 and not same(q.shape[1], k.shape[1]):
+        raise Declined("stacked heads of query and key differ")
     if not (same(k.shape[1], v.shape[1]) and same(k.shape[2], v.shape[2]) and same(q.shape[3], k.shape[3])):
         raise Declined("shapes of query, key and value do not fit")
     site.reads(attention.query, [], site.product or site.output)

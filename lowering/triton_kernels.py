@@ -1,0 +1,856 @@
+"""Triton kernels of ``attend`` (see ``lowering.semantic`` for what the arguments mean) and of its key range.
+
+Enter: pointers, strides and sizes that ``lowering.triton_ops`` prepares; the last dimension of query, key, value and
+results has stride 1.  Leave: results in memory that the caller has allocated.
+
+Every structured term of the mask narrows, for one query row, an interval of keys [first, stop).  So the kernels decide
+from a few integers which key tiles to skip, which to compute without any mask, and which need a mask; only key
+padding with holes, documents and dense masks have to be read key by key.
+
+The methods are FlashAttention-2 (Dao 2023) for ``tiled_kernel``, Flash-Decoding (Dao et al. 2023) for ``split_kernel``.
+No `from __future__ import annotations` here: Triton and Inductor read the annotations of a kernel.
+"""
+# mypy: disable-error-code="no-untyped-def"
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+# Values of MASK_KIND.
+BOOLEAN_MASK = tl.constexpr(1)
+ADDITIVE_MASK = tl.constexpr(2)
+
+# Values of EMPTY_ROW, as in semantic.EMPTY_ROW.
+EMPTY_MEAN = tl.constexpr(1)
+EMPTY_NAN = tl.constexpr(2)
+
+BOUND_COLUMNS = tl.constexpr(8)
+
+# K and V of the heads that run at one time should stay in half of the H200's 50 MiB of L2.
+L2_BUDGET = tl.constexpr(24 * 1024 * 1024)
+
+# Document ids are a few bytes a key, so a scan over them takes large steps.
+DOCUMENT_BLOCK = tl.constexpr(1024)
+
+
+@triton.jit
+def floor_divide(a, b):
+    """``a // b`` rounded down: Triton's own division rounds towards zero."""
+    remainder = a % b
+    remainder = tl.where(remainder < 0, remainder + b, remainder)
+    return (a - remainder) // b
+
+
+@triton.jit
+def row_interval(bounds, batch, query, keys, CHUNK: tl.constexpr, HAS_BOUNDS: tl.constexpr):
+    """The keys [first, stop) that the structured terms leave to each query row, within [0, keys)."""
+    if HAS_BOUNDS:
+        row = bounds + batch * BOUND_COLUMNS
+        upper = tl.load(row)
+        lower = tl.load(row + 1)
+        first = tl.maximum(query + lower, tl.load(row + 2))
+        stop = tl.minimum(query + upper + 1, tl.load(row + 3))
+        if CHUNK > 0:
+            shift = tl.load(row + 4)
+            origin = tl.load(row + 5)
+            begin = origin + floor_divide(query + shift - origin, CHUNK) * CHUNK
+            first = tl.maximum(first, begin)
+            stop = tl.minimum(stop, begin + CHUNK)
+        first = tl.maximum(first, 0)
+        stop = tl.minimum(stop, keys)
+    else:
+        first = query * 0
+        stop = query * 0 + keys
+    return first, stop
+
+
+@triton.jit
+def key_mask_is_needed(bounds, batch, HAS_BOUNDS: tl.constexpr, HAS_KEY_MASK: tl.constexpr):
+    """Whether ``key_mask`` must be read: it exists, and HOLES does not vouch for it."""
+    needed = tl.full([], HAS_KEY_MASK, tl.int1)
+    if HAS_KEY_MASK and HAS_BOUNDS:
+        needed = tl.load(bounds + batch * BOUND_COLUMNS + 6) != 0
+    return needed
+
+
+@triton.jit
+def load_tile(base, offsets, rows, columns, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr):
+    """A tile with zeros outside ``rows`` and ``columns``; without predicates where none are needed."""
+    if MASK_ROWS and MASK_COLUMNS:
+        tile = tl.load(base + offsets, mask=rows[:, None] & columns[None, :], other=0.0)
+    elif MASK_ROWS:
+        tile = tl.load(base + offsets, mask=rows[:, None], other=0.0)
+    elif MASK_COLUMNS:
+        tile = tl.load(base + offsets, mask=columns[None, :], other=0.0)
+    else:
+        tile = tl.load(base + offsets)
+    return tile
+
+
+@triton.jit
+def shape_scores(scores, scale, softcap, SOFTCAP: tl.constexpr, MASK_KIND: tl.constexpr):
+    """Dot products to what ``online_softmax`` takes.
+
+    Without an additive mask the factor before the exponent (``scale``, or ``softcap`` after the tanh) is left to
+    ``online_softmax``, where it is free; a bias has to be added to finished scores.
+    """
+    if SOFTCAP:
+        scores = 1.0 - 2.0 / (1.0 + tl.exp(scores * (2.0 * scale / softcap)))
+        if MASK_KIND == ADDITIVE_MASK:
+            scores = scores * softcap
+    elif MASK_KIND == ADDITIVE_MASK:
+        scores = scores * scale
+    return scores
+
+
+@triton.jit
+def lowest(dtype: tl.constexpr):
+    """The most negative finite number of a float type, in float32: an additive mask hides a key where it holds it."""
+    if dtype == tl.float16:
+        value = -65504.0
+    elif dtype == tl.bfloat16:
+        value = -3.3895313892515355e38
+    else:
+        value = -3.4028234663852886e38
+    return value
+
+
+@triton.jit
+def mask_scores(
+    scores,
+    key,
+    stop_key,
+    first,
+    stop,
+    key_mask,
+    stride_key_mask,
+    key_mask_needed,
+    mask,
+    mask_rows,
+    stride_mask,
+    HAS_KEY_MASK: tl.constexpr,
+    MASK_KIND: tl.constexpr,
+):
+    """Scores with the bias added, and -inf where a row does not see a key; nothing is read from ``stop_key`` on."""
+    visible = (key[None, :] >= first[:, None]) & (key[None, :] < stop[:, None])
+    inside = key < stop_key
+    if HAS_KEY_MASK:
+        shown = tl.load(key_mask + tl.cast(key, tl.int64) * stride_key_mask, mask=inside & key_mask_needed, other=True)
+        visible = visible & shown[None, :]
+    if MASK_KIND > 0:
+        offsets = mask_rows[:, None] + tl.cast(key, tl.int64)[None, :] * stride_mask
+        if MASK_KIND == BOOLEAN_MASK:
+            visible = visible & tl.load(mask + offsets, mask=inside[None, :], other=False)
+        else:
+            bias = tl.load(mask + offsets, mask=inside[None, :], other=0.0).to(tl.float32)
+            visible = visible & (bias > lowest(mask.dtype.element_ty))
+            scores = scores + bias
+    return tl.where(visible, scores, float("-inf"))
+
+
+@triton.jit
+def online_softmax(
+    accumulator,
+    row_max,
+    row_sum,
+    scores,
+    v,
+    factor,
+    MASK_KIND: tl.constexpr,
+    GUARD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One step of the streaming softmax.  GUARD: rows may have seen no key yet, and must not become NaN by it.
+
+    ``row_max`` is in base-2 units without an additive mask, so that factor and subtraction are one FMA, and in the
+    scores' own units with one: a bias near the end of float32's range must not overflow in the product with log2 e.
+    """
+    if MASK_KIND == ADDITIVE_MASK:
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+    else:
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
+    if GUARD:
+        offset = tl.where(new_max == float("-inf"), 0.0, new_max)
+    else:
+        offset = new_max
+    if MASK_KIND == ADDITIVE_MASK:
+        p = tl.exp2((scores - offset[:, None]) * LOG2E)
+        correction = tl.exp2((row_max - offset) * LOG2E)
+    else:
+        p = tl.exp2(scores * factor - offset[:, None])
+        correction = tl.exp2(row_max - offset)
+    row_sum = row_sum * correction + tl.sum(p, 1)
+    accumulator = accumulator * correction[:, None]
+    accumulator = tl.dot(p.to(v.dtype), v, accumulator, input_precision=PRECISION)
+    return accumulator, new_max, row_sum
+
+
+@triton.jit
+def split_kernel(
+    query,
+    key,
+    value,
+    bounds,
+    key_mask,
+    mask,
+    partial_out,
+    partial_max,
+    partial_sum,
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_key_mask_b,
+    stride_key_mask_n,
+    stride_mask_b,
+    stride_mask_h,
+    stride_mask_m,
+    stride_mask_n,
+    queries,
+    keys,
+    scale,
+    softcap,
+    factor,
+    SPLITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DK: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HAS_BOUNDS: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr,
+    MASK_KIND: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One split of the keys, for up to ROWS of the GROUP * queries rows that share one key/value head.
+
+    Grid: (row blocks * SPLITS, Hkv, B).  Writes, contiguous over [B, Hq, queries, SPLITS]: the largest score, the sum
+    of the exponentials, and the weighted sum of values [.., DV] before division; a split without keys writes no values.
+    """
+    block = tl.program_id(0)
+    split = block % SPLITS
+    kv_head = tl.program_id(1)
+    kv_heads = tl.num_programs(1)
+    batch = tl.program_id(2)
+    batch64 = batch.to(tl.int64)
+
+    row = (block // SPLITS) * ROWS + tl.arange(0, ROWS)
+    alive = row < GROUP * queries
+    row = tl.minimum(row, GROUP * queries - 1)
+    head = kv_head * GROUP + row // queries
+    position = row % queries
+
+    first, stop = row_interval(bounds, batch, position, keys, CHUNK, HAS_BOUNDS)
+    key_mask_needed = key_mask_is_needed(bounds, batch, HAS_BOUNDS, HAS_KEY_MASK)
+    range_first = tl.min(first, 0)
+    range_stop = tl.max(stop, 0)
+    share = (tl.maximum(range_stop - range_first, 0) + SPLITS - 1) // SPLITS
+    share = (share + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    begin = range_first + split * share
+    end = tl.minimum(begin + share, range_stop)
+    stop = tl.minimum(stop, end)
+
+    column_k = tl.arange(0, BLOCK_DK)
+    column_v = tl.arange(0, BLOCK_DV)
+    query_rows = batch64 * stride_qb + head.to(tl.int64) * stride_qh + position.to(tl.int64) * stride_qm
+    q = load_tile(query, query_rows[:, None] + column_k[None, :], alive, column_k < DK, True, BLOCK_DK != DK)
+    mask_rows = batch64 * stride_mask_b + head.to(tl.int64) * stride_mask_h + position.to(tl.int64) * stride_mask_m
+    key_base = key + batch64 * stride_kb + tl.cast(kv_head, tl.int64) * stride_kh
+    value_base = value + batch64 * stride_vb + tl.cast(kv_head, tl.int64) * stride_vh
+    tile_row = tl.arange(0, BLOCK_N)
+    key_offsets = tile_row[:, None] * stride_kn + column_k[None, :]
+    value_offsets = tile_row[:, None] * stride_vn + column_v[None, :]
+
+    row_max = tl.full([ROWS], float("-inf"), tl.float32)
+    row_sum = tl.zeros([ROWS], tl.float32)
+    accumulator = tl.zeros([ROWS, BLOCK_DV], tl.float32)
+    for start in tl.range(begin, end, BLOCK_N):
+        index = start + tile_row
+        inside = index < end
+        start64 = tl.cast(start, tl.int64)
+        k = load_tile(key_base + start64 * stride_kn, key_offsets, inside, column_k < DK, True, BLOCK_DK != DK)
+        v = load_tile(value_base + start64 * stride_vn, value_offsets, inside, column_v < DV, True, BLOCK_DV != DV)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        scores = shape_scores(scores, scale, softcap, SOFTCAP, MASK_KIND)
+        scores = mask_scores(
+            scores,
+            index,
+            end,
+            first,
+            stop,
+            key_mask + batch64 * stride_key_mask_b,
+            stride_key_mask_n,
+            key_mask_needed,
+            mask,
+            mask_rows,
+            stride_mask_n,
+            HAS_KEY_MASK,
+            MASK_KIND,
+        )
+        accumulator, row_max, row_sum = online_softmax(
+            accumulator, row_max, row_sum, scores, v, factor, MASK_KIND, True, PRECISION
+        )
+
+    slot = ((batch64 * (kv_heads * GROUP) + head) * queries + position) * SPLITS + split
+    tl.store(partial_max + slot, row_max, mask=alive)
+    tl.store(partial_sum + slot, row_sum, mask=alive)
+    written = alive & (begin < end)
+    tl.store(
+        partial_out + slot[:, None] * DV + column_v[None, :],
+        accumulator,
+        mask=written[:, None] & (column_v < DV)[None, :],
+    )
+
+
+@triton.jit
+def combine_kernel(
+    partial_out,
+    partial_max,
+    partial_sum,
+    query,
+    key,
+    value,
+    mask,
+    out,
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_mask_b,
+    stride_mask_h,
+    stride_mask_m,
+    stride_mask_n,
+    stride_ob,
+    stride_oh,
+    stride_om,
+    queries,
+    keys,
+    scale,
+    softcap,
+    SPLITS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DK: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASK_KIND: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    EMPTY_ROW: tl.constexpr,
+):
+    """Adds up the splits of one row.  Grid: (HEADS * queries, B)."""
+    row = tl.program_id(0)
+    batch = tl.program_id(1).to(tl.int64)
+    head = (row // queries).to(tl.int64)
+    position = (row % queries).to(tl.int64)
+    split = tl.arange(0, BLOCK_SPLITS)
+    column = tl.arange(0, BLOCK_DV)
+
+    slot = ((batch * HEADS + head) * queries + position) * SPLITS + split
+    highest = tl.load(partial_max + slot, mask=split < SPLITS, other=float("-inf"))
+    sums = tl.load(partial_sum + slot, mask=split < SPLITS, other=0.0)
+    # A sum of zero marks a split that saw no key; its values may never have been written.
+    seen = sums != 0.0
+    largest = tl.max(highest, 0)
+    largest = tl.where(largest == float("-inf"), 0.0, largest)
+    if MASK_KIND == ADDITIVE_MASK:
+        weights = tl.exp2((highest - largest) * LOG2E)
+    else:
+        weights = tl.exp2(highest - largest)
+    weights = tl.where(seen, weights, 0.0)
+    total = tl.sum(weights * sums, 0)
+    values = tl.load(
+        partial_out + slot[:, None] * DV + column[None, :], mask=seen[:, None] & (column < DV)[None, :], other=0.0
+    )
+    result = tl.sum(values * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+
+    if EMPTY_ROW == EMPTY_NAN:
+        result = tl.where(total == 0.0, float("nan"), result)
+    if EMPTY_ROW == EMPTY_MEAN:
+        if total == 0.0:
+            result = all_keys_row(
+                query + batch * stride_qb + head * stride_qh + position * stride_qm,
+                key + batch * stride_kb + (head // GROUP) * stride_kh,
+                value + batch * stride_vb + (head // GROUP) * stride_vh,
+                mask + batch * stride_mask_b + head * stride_mask_h + position * stride_mask_m,
+                stride_kn,
+                stride_vn,
+                stride_mask_n,
+                keys,
+                scale,
+                softcap,
+                DK,
+                DV,
+                BLOCK_DK,
+                BLOCK_DV,
+                BLOCK_N,
+                MASK_KIND,
+                SOFTCAP,
+            )
+    offsets = batch * stride_ob + head * stride_oh + position * stride_om + column
+    tl.store(out + offsets, result.to(out.dtype.element_ty), mask=column < DV)
+
+
+@triton.jit
+def all_keys_row(
+    query,
+    key,
+    value,
+    mask,
+    stride_kn,
+    stride_vn,
+    stride_mask,
+    keys,
+    scale,
+    softcap,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DK: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASK_KIND: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """What an empty row of mode 1 gives: over all keys the softmax with the additive mask, else the mean of values."""
+    column_k = tl.arange(0, BLOCK_DK)
+    column_v = tl.arange(0, BLOCK_DV)
+    tile_row = tl.arange(0, BLOCK_N)
+    q = tl.load(query + column_k, mask=column_k < DK, other=0.0).to(tl.float32)
+    row_max = tl.full([], float("-inf"), tl.float32)
+    row_sum = tl.zeros([], tl.float32)
+    accumulator = tl.zeros([BLOCK_DV], tl.float32)
+    for start in tl.range(0, keys, BLOCK_N):
+        index = start + tile_row
+        inside = index < keys
+        index64 = tl.cast(index, tl.int64)
+        if MASK_KIND == ADDITIVE_MASK:
+            k = load_tile(key, index64[:, None] * stride_kn + column_k[None, :], inside, column_k < DK, True, True)
+            scores = shape_scores(tl.sum(k.to(tl.float32) * q[None, :], 1), scale, softcap, SOFTCAP, MASK_KIND)
+            scores = scores + tl.load(mask + index64 * stride_mask, mask=inside, other=0.0).to(tl.float32)
+        else:
+            scores = tl.zeros([BLOCK_N], tl.float32)
+        scores = tl.where(inside, scores, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 0))
+        p = tl.exp2((scores - new_max) * LOG2E)
+        correction = tl.exp2((row_max - new_max) * LOG2E)
+        v = load_tile(value, index64[:, None] * stride_vn + column_v[None, :], inside, column_v < DV, True, True)
+        row_sum = row_sum * correction + tl.sum(p, 0)
+        accumulator = accumulator * correction + tl.sum(v.to(tl.float32) * p[:, None], 0)
+        row_max = new_max
+    return accumulator / row_sum
+
+
+@triton.jit
+def attend_tiles(
+    accumulator,
+    row_max,
+    row_sum,
+    q,
+    begin,
+    end,
+    key_base,
+    value_base,
+    stride_kn,
+    stride_vn,
+    first,
+    stop,
+    key_mask,
+    stride_key_mask,
+    key_mask_needed,
+    query_ids,
+    key_documents,
+    stride_key_documents,
+    one_document,
+    mask,
+    mask_rows,
+    stride_mask,
+    scale,
+    softcap,
+    factor,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DK: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr,
+    MASK_KIND: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Runs the key tiles of [begin, end); without MASKED every key of them is visible to every row."""
+    column_k = tl.arange(0, BLOCK_DK)
+    column_v = tl.arange(0, BLOCK_DV)
+    tile_row = tl.arange(0, BLOCK_N)
+    key_offsets = tile_row[:, None] * stride_kn + column_k[None, :]
+    value_offsets = tile_row[:, None] * stride_vn + column_v[None, :]
+    for start in tl.range(begin, end, BLOCK_N):
+        index = start + tile_row
+        inside = index < end
+        start64 = tl.cast(start, tl.int64)
+        k = load_tile(key_base + start64 * stride_kn, key_offsets, inside, column_k < DK, MASKED, BLOCK_DK != DK)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        scores = shape_scores(scores, scale, softcap, SOFTCAP, MASK_KIND)
+        if MASKED:
+            scores = mask_scores(
+                scores,
+                index,
+                end,
+                first,
+                stop,
+                key_mask,
+                stride_key_mask,
+                key_mask_needed,
+                mask,
+                mask_rows,
+                stride_mask,
+                HAS_KEY_MASK,
+                MASK_KIND,
+            )
+            if HAS_DOCUMENTS:
+                ids = tl.load(
+                    key_documents + tl.cast(index, tl.int64) * stride_key_documents, mask=inside, other=0
+                )
+                same = (query_ids[:, None] == ids[None, :]) | one_document
+                scores = tl.where(same, scores, float("-inf"))
+        v = load_tile(value_base + start64 * stride_vn, value_offsets, inside, column_v < DV, MASKED, BLOCK_DV != DV)
+        accumulator, row_max, row_sum = online_softmax(
+            accumulator, row_max, row_sum, scores, v, factor, MASK_KIND, MASKED, PRECISION
+        )
+    return accumulator, row_max, row_sum
+
+
+@triton.jit
+def all_keys_tile(
+    q,
+    keys,
+    key_base,
+    value_base,
+    stride_kn,
+    stride_vn,
+    mask,
+    mask_rows,
+    stride_mask,
+    scale,
+    softcap,
+    BLOCK_M: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DK: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASK_KIND: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``all_keys_row`` for a block of queries: [BLOCK_M, BLOCK_DV] float32."""
+    column_k = tl.arange(0, BLOCK_DK)
+    column_v = tl.arange(0, BLOCK_DV)
+    tile_row = tl.arange(0, BLOCK_N)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    total = tl.zeros([BLOCK_DV], tl.float32)
+    for start in tl.range(0, keys, BLOCK_N):
+        index = start + tile_row
+        inside = index < keys
+        index64 = tl.cast(index, tl.int64)
+        v = load_tile(value_base, index64[:, None] * stride_vn + column_v[None, :], inside, column_v < DV, True, True)
+        if MASK_KIND == ADDITIVE_MASK:
+            k = load_tile(key_base, index64[:, None] * stride_kn + column_k[None, :], inside, column_k < DK, True, True)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            scores = shape_scores(scores, scale, softcap, SOFTCAP, MASK_KIND)
+            offsets = mask_rows[:, None] + index64[None, :] * stride_mask
+            scores = scores + tl.load(mask + offsets, mask=inside[None, :], other=0.0).to(tl.float32)
+            scores = tl.where(inside[None, :], scores, float("-inf"))
+            accumulator, row_max, row_sum = online_softmax(
+                accumulator, row_max, row_sum, scores, v, 1.0, MASK_KIND, False, PRECISION
+            )
+        else:
+            total += tl.sum(v.to(tl.float32), 0)
+    if MASK_KIND == ADDITIVE_MASK:
+        result = accumulator / row_sum[:, None]
+    else:
+        result = accumulator + (total / keys)[None, :]
+    return result
+
+
+@triton.jit
+def tiled_kernel(
+    query,
+    key,
+    value,
+    bounds,
+    key_mask,
+    query_documents,
+    key_documents,
+    mask,
+    out,
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_key_mask_b,
+    stride_key_mask_n,
+    stride_query_documents_b,
+    stride_query_documents_m,
+    stride_key_documents_b,
+    stride_key_documents_n,
+    stride_mask_b,
+    stride_mask_h,
+    stride_mask_m,
+    stride_mask_n,
+    stride_ob,
+    stride_oh,
+    stride_om,
+    queries,
+    keys,
+    scale,
+    softcap,
+    factor,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DK: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HAS_BOUNDS: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr,
+    MASK_KIND: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    EMPTY_ROW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Attention of one query block of one head.  Grid: (query blocks * HEADS, B).
+
+    Programs run in sections of heads whose keys and values fit in L2 together; within a section the last query
+    blocks, which a causal mask makes the longest, go first, so that short ones fill the end.
+    """
+    batch = tl.program_id(1)
+    batch64 = batch.to(tl.int64)
+    program = tl.program_id(0)
+    blocks = (queries + BLOCK_M - 1) // BLOCK_M
+    head_bytes = keys * ((DK + DV) * (key.dtype.element_ty.primitive_bitwidth // 8))
+    section_heads = tl.minimum(tl.maximum(L2_BUDGET // tl.maximum(head_bytes, 1), 1) * GROUP, HEADS)
+    section = program // (section_heads * blocks)
+    within = program % (section_heads * blocks)
+    heads_here = tl.minimum(section_heads, HEADS - section * section_heads)
+    head = section * section_heads + within % heads_here
+    block = blocks - 1 - within // heads_here
+    head64 = head.to(tl.int64)
+    kv_head64 = (head // GROUP).to(tl.int64)
+
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    alive = row < queries
+    # Rows past the end repeat the last query, so that they widen no interval.
+    position = tl.minimum(row, queries - 1)
+    position64 = position.to(tl.int64)
+    first, stop = row_interval(bounds, batch, position, keys, CHUNK, HAS_BOUNDS)
+    key_mask_needed = key_mask_is_needed(bounds, batch, HAS_BOUNDS, HAS_KEY_MASK)
+    range_first = tl.min(first, 0)
+    range_stop = tl.max(stop, 0)
+
+    one_document = True
+    query_ids = position
+    if HAS_DOCUMENTS:
+        # Keys outside the span of this block's document ids are invisible to it, whatever the order of the ids.
+        query_ids = tl.load(
+            query_documents + batch64 * stride_query_documents_b + position64 * stride_query_documents_m
+        )
+        lowest_id = tl.min(query_ids, 0)
+        highest_id = tl.max(query_ids, 0)
+        found_first = range_stop
+        found_stop = range_first
+        found = range_first * 0
+        for start in tl.range(range_first, range_stop, DOCUMENT_BLOCK):
+            index = start + tl.arange(0, DOCUMENT_BLOCK)
+            inside = index < range_stop
+            ids = tl.load(
+                key_documents + batch64 * stride_key_documents_b + tl.cast(index, tl.int64) * stride_key_documents_n,
+                mask=inside,
+                other=0,
+            )
+            hit = inside & (ids >= lowest_id) & (ids <= highest_id)
+            found_first = tl.minimum(found_first, tl.min(tl.where(hit, index, range_stop), 0))
+            found_stop = tl.maximum(found_stop, tl.max(tl.where(hit, index + 1, range_first), 0))
+            found += tl.sum(hit.to(tl.int32), 0)
+        range_first = found_first
+        range_stop = found_stop
+        first = tl.maximum(first, range_first)
+        stop = tl.minimum(stop, range_stop)
+        one_document = (lowest_id == highest_id) & (found == range_stop - range_first)
+
+    # Tiles of [full_first, full_stop) are visible to every row of the block.
+    full_first = range_first + (tl.max(first, 0) - range_first + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    full_stop = full_first + tl.maximum(tl.min(stop, 0) - full_first, 0) // BLOCK_N * BLOCK_N
+    no_full_tile = full_stop <= full_first
+    if HAS_KEY_MASK:
+        no_full_tile = no_full_tile | key_mask_needed
+    if HAS_DOCUMENTS:
+        no_full_tile = no_full_tile | (one_document == 0)
+    if MASK_KIND > 0:
+        no_full_tile = no_full_tile | True
+    full_first = tl.where(no_full_tile, range_first, full_first)
+    full_stop = tl.where(no_full_tile, range_first, full_stop)
+
+    column_k = tl.arange(0, BLOCK_DK)
+    column_v = tl.arange(0, BLOCK_DV)
+    query_base = query + batch64 * stride_qb + head64 * stride_qh
+    q = load_tile(
+        query_base, position64[:, None] * stride_qm + column_k[None, :], alive, column_k < DK, False, BLOCK_DK != DK
+    )
+    key_base = key + batch64 * stride_kb + kv_head64 * stride_kh
+    value_base = value + batch64 * stride_vb + kv_head64 * stride_vh
+    key_mask_base = key_mask + batch64 * stride_key_mask_b
+    key_documents_base = key_documents + batch64 * stride_key_documents_b
+    mask_rows = batch64 * stride_mask_b + head64 * stride_mask_h + position64 * stride_mask_m
+
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    for part in tl.static_range(3):
+        # Head tiles and tail tiles under the mask, the ones between without.
+        if part == 0:
+            begin = range_first
+            end = full_first
+        elif part == 1:
+            begin = full_first
+            end = full_stop
+        else:
+            begin = full_stop
+            end = range_stop
+        if part != 1 or MASK_KIND == 0:
+            accumulator, row_max, row_sum = attend_tiles(
+                accumulator,
+                row_max,
+                row_sum,
+                q,
+                begin,
+                end,
+                key_base,
+                value_base,
+                stride_kn,
+                stride_vn,
+                first,
+                stop,
+                key_mask_base,
+                stride_key_mask_n,
+                key_mask_needed,
+                query_ids,
+                key_documents_base,
+                stride_key_documents_n,
+                one_document,
+                mask,
+                mask_rows,
+                stride_mask_n,
+                scale,
+                softcap,
+                factor,
+                DK,
+                DV,
+                BLOCK_DK,
+                BLOCK_DV,
+                BLOCK_N,
+                HAS_KEY_MASK,
+                HAS_DOCUMENTS,
+                MASK_KIND,
+                SOFTCAP,
+                PRECISION,
+                part != 1,
+            )
+
+    # A row that saw a key has a sum of at least one.
+    empty = row_sum == 0.0
+    result = accumulator / tl.where(empty, 1.0, row_sum)[:, None]
+    if EMPTY_ROW == EMPTY_NAN:
+        result = tl.where(empty[:, None], float("nan"), result)
+    if EMPTY_ROW == EMPTY_MEAN:
+        if tl.max(empty.to(tl.int32), 0) > 0:
+            fallback = all_keys_tile(
+                q,
+                keys,
+                key_base,
+                value_base,
+                stride_kn,
+                stride_vn,
+                mask,
+                mask_rows,
+                stride_mask_n,
+                scale,
+                softcap,
+                BLOCK_M,
+                DK,
+                DV,
+                BLOCK_DK,
+                BLOCK_DV,
+                BLOCK_N,
+                MASK_KIND,
+                SOFTCAP,
+                PRECISION,
+            )
+            result = tl.where(empty[:, None], fallback, result)
+    out_rows = batch64 * stride_ob + head64 * stride_oh + position64 * stride_om
+    tl.store(
+        out + out_rows[:, None] + column_v[None, :],
+        result.to(out.dtype.element_ty),
+        mask=alive[:, None] & (column_v < DV)[None, :],
+    )
+
+
+@triton.jit
+def key_range_kernel(
+    mask, out, stride_b, stride_n, keys, BLOCK_N: tl.constexpr, IS_BOOLEAN: tl.constexpr
+):
+    """First visible key, last visible key + 1, and whether a hidden key lies between them.  Grid: (B,).
+
+    A row without visible keys gives (0, 0, 0), which is an empty range.
+    """
+    batch = tl.program_id(0)
+    row = mask + batch.to(tl.int64) * stride_b
+    first = tl.full([BLOCK_N], 1 << 30, tl.int32)
+    stop = tl.zeros([BLOCK_N], tl.int32)
+    count = tl.zeros([BLOCK_N], tl.int32)
+    for start in tl.range(0, keys, BLOCK_N):
+        index = start + tl.arange(0, BLOCK_N)
+        inside = index < keys
+        pointers = row + tl.cast(index, tl.int64) * stride_n
+        if IS_BOOLEAN:
+            visible = tl.load(pointers, mask=inside, other=False)
+        else:
+            shown = tl.load(pointers, mask=inside, other=float("-inf")).to(tl.float32)
+            visible = shown > lowest(mask.dtype.element_ty)
+        first = tl.minimum(first, tl.where(visible, index, 1 << 30))
+        stop = tl.maximum(stop, tl.where(visible, index + 1, 0))
+        count += visible.to(tl.int32)
+    last = tl.max(stop, 0)
+    begin = tl.minimum(tl.min(first, 0), last)
+    tl.store(out + batch * 3, begin)
+    tl.store(out + batch * 3 + 1, last)
+    tl.store(out + batch * 3 + 2, (tl.sum(count, 0) < last - begin).to(tl.int32))

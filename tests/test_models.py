@@ -1,0 +1,154 @@
+"""Unmodified Hugging Face models: every attention site is recognised and the answers stay eager's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import StaticCache
+
+from road import cast_parameters, compile_road, median_error
+from tiny import BERT, DECODERS, VIT, WHISPER, Architecture, padding, tokens
+
+ATTENTION = ["sdpa", "eager"]
+PADDING = ["none", "left", "right"]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def assert_as_good_as_eager(compiled: Any, eager: Any, model: Any, call: Any) -> None:
+    """The error against float64 is at most 1.5 times eager's own plus 1e-6, median of three inputs."""
+    exact_model = cast_parameters(model, torch.float64)
+
+    def exact(seed: int) -> torch.Tensor:
+        return call(exact_model, seed)
+
+    ours = median_error(lambda seed: call(compiled, seed), exact)
+    theirs = median_error(lambda seed: call(eager, seed), exact)
+    assert ours <= 1.5 * theirs + 1e-6, f"error {ours:.3g}, eager's {theirs:.3g}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("side", PADDING)
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("architecture", DECODERS, ids=lambda a: a.name)
+def test_a_prefill_without_cache_is_recognised_and_right(
+    architecture: Architecture, attention: str, side: str, dtype: torch.dtype
+) -> None:
+    model = architecture.build(attention)
+    eager = cast_parameters(model, dtype)
+
+    def call(m: Any, seed: int) -> torch.Tensor:
+        with torch.no_grad():
+            return m(tokens(2, 24, seed), attention_mask=padding(2, 24, side), use_cache=False).logits
+
+    compiled, road = compile_road(cast_parameters(model, dtype))
+    assert_as_good_as_eager(compiled, eager, model, call)
+    assert len(road.regions) == architecture.sites * len(road.graphs) > 0
+    assert "inductor" not in road.kernels
+    assert all("dense" not in region.mask and "additive" not in region.mask for region in road.regions)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("side", PADDING)
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("architecture", DECODERS, ids=lambda a: a.name)
+def test_prefill_and_decode_with_a_static_cache_are_recognised_and_right(
+    architecture: Architecture, attention: str, side: str, dtype: torch.dtype
+) -> None:
+    model = architecture.build(attention)
+    eager = cast_parameters(model, dtype)
+
+    def call(m: Any, seed: int) -> torch.Tensor:
+        return decode(m, model.config, seed, side, steps=3)
+
+    compiled, road = compile_road(cast_parameters(model, dtype))
+    assert_as_good_as_eager(compiled, eager, model, call)
+    assert len(road.regions) == architecture.sites * len(road.graphs) > 0
+    assert "inductor" not in road.kernels
+    assert all(region.cache for region in road.regions)
+
+
+def decode(model: Any, config: Any, seed: int, side: str, steps: int) -> torch.Tensor:
+    """Logits of a prefill of 12 tokens and ``steps`` fixed decode steps over a static cache of 32."""
+    ids = tokens(2, 12 + steps, seed)
+    mask = padding(2, 12, side)
+    cache = StaticCache(config=config, max_cache_len=32)
+    logits = []
+    with torch.no_grad():
+        logits.append(model(ids[:, :12], attention_mask=mask, past_key_values=cache).logits)
+        for step in range(12, 12 + steps):
+            if mask is not None:
+                mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
+            logits.append(model(ids[:, step : step + 1], attention_mask=mask, past_key_values=cache).logits)
+    return torch.cat(logits, 1)
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("architecture", DECODERS, ids=lambda a: a.name)
+def test_greedy_tokens_equal_eagers_over_64_steps(architecture: Architecture, attention: str) -> None:
+    model = architecture.build(attention)
+    compiled, road = compile_road(architecture.build(attention), dynamic=None)
+    assert torch.equal(greedy(compiled, model.config), greedy(model, model.config))
+    assert road.regions and "inductor" not in road.kernels
+
+
+def greedy(model: Any, config: Any) -> torch.Tensor:
+    ids = tokens(2, 8, 0)
+    cache = StaticCache(config=config, max_cache_len=80)
+    found = []
+    with torch.no_grad():
+        for _ in range(64):
+            ids = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+            found.append(ids)
+    return torch.cat(found, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("side", PADDING)
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_bert_is_recognised_and_right(attention: str, side: str, dtype: torch.dtype) -> None:
+    model = BERT.build(attention)
+
+    def call(m: Any, seed: int) -> torch.Tensor:
+        with torch.no_grad():
+            return m(tokens(2, 24, seed), attention_mask=padding(2, 24, side)).last_hidden_state
+
+    compiled, road = compile_road(cast_parameters(model, dtype))
+    assert_as_good_as_eager(compiled, cast_parameters(model, dtype), model, call)
+    assert len(road.regions) == BERT.sites * len(road.graphs) > 0
+    assert "inductor" not in road.kernels
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_vit_is_recognised_and_right(attention: str, dtype: torch.dtype) -> None:
+    model = VIT.build(attention)
+
+    def call(m: Any, seed: int) -> torch.Tensor:
+        pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            return m(pixels.to(next(m.parameters()).dtype)).last_hidden_state
+
+    compiled, road = compile_road(cast_parameters(model, dtype))
+    assert_as_good_as_eager(compiled, cast_parameters(model, dtype), model, call)
+    assert len(road.regions) == VIT.sites * len(road.graphs) > 0
+    assert "inductor" not in road.kernels
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_whisper_is_recognised_and_right(attention: str, dtype: torch.dtype) -> None:
+    model = WHISPER.build(attention)
+
+    def call(m: Any, seed: int) -> torch.Tensor:
+        features = torch.randn(2, 8, 80, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            return m(
+                features.to(next(m.parameters()).dtype), decoder_input_ids=tokens(2, 10, seed), use_cache=False
+            ).logits
+
+    compiled, road = compile_road(cast_parameters(model, dtype))
+    assert_as_good_as_eager(compiled, cast_parameters(model, dtype), model, call)
+    assert len(road.regions) == WHISPER.sites * len(road.graphs) > 0
+    assert "inductor" not in road.kernels
