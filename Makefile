@@ -52,7 +52,7 @@ lint: $(READY) stage
 
 types: $(READY) stage
 	MYPYPATH=$(TREE) $(RUN) -m mypy -p lz_compile
-	$(RUN) -m mypy benchmarks/models.py examples
+	$(RUN) -m mypy --follow-imports=silent benchmarks/models.py examples
 
 bench: $(READY)
 	mkdir -p build

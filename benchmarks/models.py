@@ -497,6 +497,7 @@ def _reference(call: Call) -> torch.Tensor:
 def _prepare(call: Call, row: Row, expected: torch.Tensor | None, device: torch.device) -> Callable[..., Any]:
     """Compiles with empty caches, and fills the row's fields that need no clock but the first call's."""
     backend, _, mode = row.backend.partition(":")
+    _own_graph_pool(device)
     _collect()
     reserved = torch.cuda.memory_reserved() if device.type == "cuda" else 0
     reports = _report_count()
@@ -521,6 +522,17 @@ def _prepare(call: Call, row: Row, expected: torch.Tensor | None, device: torch.
     row.peak_memory = _peak_memory(call, function, device, reserved)
     row.kernels = _kernels_since(reports)
     return function
+
+
+def _own_graph_pool(device: torch.device) -> None:
+    """The next backend's CUDA graphs get a memory pool of their own, so that its size can be told from the others'.
+
+    Inductor keeps one tree of graphs and one pool a device; compiled functions hold on to the tree they began with.
+    """
+    if device.type == "cuda":
+        from torch._inductor import cudagraph_trees
+
+        cudagraph_trees.get_obj(cudagraph_trees.local, "tree_manager_containers").clear()
 
 
 def _time(call: Call, function: Callable[..., Any], calls: int, device: torch.device) -> list[float]:

@@ -14,6 +14,8 @@ between nearly equal logits), so on a GPU a float32 copy with fewer layers is ch
 from __future__ import annotations
 
 import argparse
+import copy
+import statistics
 import sys
 import time
 from dataclasses import dataclass
@@ -29,7 +31,7 @@ console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 @dataclass
 class Result:
     tokens: torch.Tensor
-    compile_s: float
+    first_call: float
     ms_per_token: float
 
 
@@ -44,7 +46,7 @@ def main() -> int:
     if on_gpu and dtype != torch.float32:
         console.print(f"[bold]float32 check[/]: 2 layers, {args.tokens} tokens")
         model = build_model(args, layers=2, dtype=torch.float32)
-        results = {backend: run(model, args, backend, rounds=0) for backend in backends}
+        results = run(model, args, rounds=0)
         failed = print_tokens(results)
         del model
 
@@ -54,7 +56,7 @@ def main() -> int:
         f"[bold]{args.layers}-layer LlamaForCausalLM[/], {size / 1e6:,.0f} M parameters, {args.dtype}, {args.device}: "
         f"batch {args.batch}, prompts of up to {args.prompt} tokens, {args.tokens} new tokens, cache of {args.cache}"
     )
-    results = {backend: run(model, args, backend, rounds=args.rounds) for backend in backends}
+    results = run(model, args, rounds=args.rounds)
     print_table(results)
     if dtype == torch.float32:
         failed = any(not torch.equal(r.tokens, results[backends[0]].tokens) for r in results.values())
@@ -84,48 +86,71 @@ def build_model(args: argparse.Namespace, layers: int, dtype: torch.dtype) -> Ll
         return LlamaForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
 
 
-def run(model: LlamaForCausalLM, args: argparse.Namespace, backend: str, rounds: int) -> Result:
-    """Generates once to compile, then `rounds` times against the clock."""
-    torch._dynamo.reset()
-    generator = torch.Generator().manual_seed(args.seed)
-    input_ids = torch.randint(3, model.config.vocab_size, (args.batch, args.prompt), generator=generator)
-    attention_mask = torch.ones_like(input_ids)
-    for row in range(args.batch):  # row 0 is as long as the batch, the last one about half of it
-        attention_mask[row, : args.prompt * row // (2 * args.batch)] = 0
-    # One cache for all calls, emptied in between, so that CUDA graphs see the same addresses.
-    cache = StaticCache(config=model.config, max_cache_len=args.cache)
-    compile_config = CompileConfig(backend=backend, mode=args.mode, fullgraph=True, dynamic=False)
-    compile_config._compile_all_devices = True  # transformers compiles on the CPU only when told to
+class Contender:
+    """`generate` on one backend; its cache is made once and emptied in between, as CUDA graphs know its address."""
 
-    def generate(new_tokens: int) -> torch.Tensor:
-        cache.reset()
-        return model.generate(
-            input_ids.to(model.device),
-            attention_mask=attention_mask.to(model.device),
-            past_key_values=cache,
+    def __init__(self, model: LlamaForCausalLM, args: argparse.Namespace, backend: str) -> None:
+        self.model = copy.copy(model)  # the same weights; transformers keeps the compiled call on the object
+        self.backend = backend
+        self.cache = StaticCache(config=model.config, max_cache_len=args.cache)
+        self.compile_config = CompileConfig(backend=backend, mode=args.mode, fullgraph=True, dynamic=False)
+        self.compile_config._compile_all_devices = True  # transformers compiles on the CPU only when told to
+        generator = torch.Generator().manual_seed(args.seed)
+        input_ids = torch.randint(3, model.config.vocab_size, (args.batch, args.prompt), generator=generator)
+        attention_mask = torch.ones_like(input_ids)
+        for row in range(args.batch):  # row 0 is as long as the batch, the last one about half of it
+            attention_mask[row, : args.prompt * row // (2 * args.batch)] = 0
+        self.inputs = {"input_ids": input_ids.to(model.device), "attention_mask": attention_mask.to(model.device)}
+
+    def generate(self, new_tokens: int) -> tuple[torch.Tensor, float]:
+        """Greedy tokens [batch, new_tokens] on the CPU, and the seconds it took."""
+        self.cache.reset()
+        eager = self.backend == "eager"
+        start = time.perf_counter()
+        tokens = self.model.generate(
+            **self.inputs,
+            past_key_values=self.cache,
             max_new_tokens=new_tokens,
             do_sample=False,
             pad_token_id=0,
-            disable_compile=backend == "eager",
-            compile_config=None if backend == "eager" else compile_config,
-        )[:, args.prompt :]
+            disable_compile=eager,
+            compile_config=None if eager else self.compile_config,
+        ).cpu()
+        return tokens[:, self.inputs["input_ids"].shape[1] :], time.perf_counter() - start
 
-    def seconds(new_tokens: int) -> float:
-        start = time.perf_counter()
-        generate(new_tokens).cpu()
-        return time.perf_counter() - start
+    def decode_seconds(self, new_tokens: int) -> float:
+        """Prefill runs eagerly for all alike; what the decode steps take is the difference."""
+        return self.generate(new_tokens)[1] - self.generate(1)[1]
 
-    with console.status(
-        f"{backend}: the first call, which compiles" if backend != "eager" else "eager: the first call"
-    ):
-        compile_s = seconds(4)
-    console.print(f"  {backend}: first call {compile_s:.1f} s")
-    with console.status(f"{backend}: generating {args.tokens} tokens"):
-        tokens = generate(args.tokens).cpu()
-        # Prefill runs eagerly for all alike; what one decode step takes is the difference.
-        decode = sorted(seconds(args.tokens) - seconds(1) for _ in range(rounds))
-    ms_per_token = 1e3 * decode[len(decode) // 2] / (args.tokens - 1) if decode else float("nan")
-    return Result(tokens, compile_s, ms_per_token)
+
+def run(model: LlamaForCausalLM, args: argparse.Namespace, rounds: int) -> dict[str, Result]:
+    """Generates once to compile and once for the tokens, then against the clock.
+
+    The contenders take turns, so that a busy machine slows all of them.
+    """
+    torch._dynamo.reset()
+    contenders = [Contender(model, args, backend) for backend in args.backends.split(",")]
+    results = {}
+    for contender in contenders:
+        name = contender.backend
+        with console.status(f"{name}: the first call" + ("" if name == "eager" else ", which compiles")):
+            _, first_call = contender.generate(4)
+        with console.status(f"{name}: generating {args.tokens} tokens"):
+            tokens, _ = contender.generate(args.tokens)
+        console.print(f"  {name}: first call {first_call:.1f} s")
+        results[name] = Result(tokens, first_call, float("nan"))
+    samples: dict[str, list[float]] = {name: [] for name in results}
+    start = time.perf_counter()
+    for turn in range(rounds):
+        if turn and time.perf_counter() - start > args.seconds:
+            break
+        for contender in contenders:
+            with console.status(f"{contender.backend}: round {turn + 1} of {rounds}"):
+                samples[contender.backend].append(contender.decode_seconds(args.tokens))
+    for name, times in samples.items():
+        if times:
+            results[name].ms_per_token = 1e3 * statistics.median(times) / (args.tokens - 1)
+    return results
 
 
 def agreement(result: Result, reference: Result) -> str:
@@ -159,7 +184,7 @@ def print_table(results: dict[str, Result]) -> None:
             f"{result.ms_per_token:.2f}",
             f"{reference.ms_per_token / result.ms_per_token:.2f}x",
             f"{inductor.ms_per_token / result.ms_per_token:.2f}x" if inductor else "-",
-            f"{result.compile_s:.1f} s",
+            f"{result.first_call:.1f} s",
         )
     console.print(table)
 
@@ -177,8 +202,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16 if on_gpu else 4)
     parser.add_argument("--prompt", type=int, default=512 if on_gpu else 64, help="length of the longest prompt")
     parser.add_argument("--tokens", type=int, default=64 if on_gpu else 48, help="tokens to generate")
-    parser.add_argument("--cache", type=int, default=8192 if on_gpu else 2048, help="length of the static cache")
+    parser.add_argument("--cache", type=int, default=8192 if on_gpu else 4096, help="length of the static cache")
     parser.add_argument("--rounds", type=int, default=3, help="timed generations of each backend")
+    parser.add_argument("--seconds", type=float, default=40.0, help="no further round after this time")
     parser.add_argument("--mode", default="reduce-overhead" if on_gpu else None, help="mode of torch.compile")
     parser.add_argument("--backends", default="eager,inductor,layerzero", help="the first one is the reference")
     parser.add_argument("--seed", type=int, default=0)

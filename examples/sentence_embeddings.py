@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from transformers import AutoModel, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 console = Console(highlight=False)
 
@@ -49,6 +50,7 @@ def main() -> int:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = model_folder()
+    disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).to(device).eval()
 

@@ -127,23 +127,27 @@ def mask_scores(
     stride_key_mask,
     key_mask_needed,
     mask,
-    mask_rows,
-    stride_mask,
+    mask_offsets,
     HAS_KEY_MASK: tl.constexpr,
     MASK_KIND: tl.constexpr,
 ):
-    """Scores with the bias added, and -inf where a row does not see a key; nothing is read from ``stop_key`` on."""
+    """Scores with the bias added, and -inf where a row does not see a key; nothing is read from ``stop_key`` on.
+
+    ``mask`` points at the tile's first key; ``mask_offsets`` [rows, keys] do not change from tile to tile, and are
+    worth keeping in 32 bits: in 64 they alone take a quarter of the registers of a 128 x 64 tile.
+    """
     visible = (key[None, :] >= first[:, None]) & (key[None, :] < stop[:, None])
     inside = key < stop_key
     if HAS_KEY_MASK:
         shown = tl.load(key_mask + tl.cast(key, tl.int64) * stride_key_mask, mask=inside & key_mask_needed, other=True)
         visible = visible & shown[None, :]
     if MASK_KIND > 0:
-        offsets = mask_rows[:, None] + tl.cast(key, tl.int64)[None, :] * stride_mask
         if MASK_KIND == BOOLEAN_MASK:
-            visible = visible & tl.load(mask + offsets, mask=inside[None, :], other=False)
+            # As bytes: a cast of the scalar pointer keeps what Triton knows of the addresses, one of a tile does not.
+            shown_bytes = tl.load(mask.to(tl.pointer_type(tl.int8)) + mask_offsets, mask=inside[None, :], other=0)
+            visible = visible & (shown_bytes != 0)
         else:
-            bias = tl.load(mask + offsets, mask=inside[None, :], other=0.0).to(tl.float32)
+            bias = tl.load(mask + mask_offsets, mask=inside[None, :], other=0.0).to(tl.float32)
             visible = visible & (bias > lowest(mask.dtype.element_ty))
             scores = scores + bias
     return tl.where(visible, scores, float("-inf"))
@@ -252,7 +256,8 @@ def split_kernel(
 
     first, stop = row_interval(bounds, batch, position, keys, CHUNK, HAS_BOUNDS)
     key_mask_needed = key_mask_is_needed(bounds, batch, HAS_BOUNDS, HAS_KEY_MASK)
-    range_first = tl.min(first, 0)
+    # Tiles start at multiples of BLOCK_N, so that Triton knows the alignment of what it loads from a mask.
+    range_first = tl.min(first, 0) // BLOCK_N * BLOCK_N
     range_stop = tl.max(stop, 0)
     share = (tl.maximum(range_stop - range_first, 0) + SPLITS - 1) // SPLITS
     share = (share + BLOCK_N - 1) // BLOCK_N * BLOCK_N
@@ -270,6 +275,7 @@ def split_kernel(
     tile_row = tl.arange(0, BLOCK_N)
     key_offsets = tile_row[:, None] * stride_kn + column_k[None, :]
     value_offsets = tile_row[:, None] * stride_vn + column_v[None, :]
+    mask_offsets = mask_rows[:, None] + tile_row[None, :] * stride_mask_n
 
     row_max = tl.full([ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
@@ -291,9 +297,8 @@ def split_kernel(
             key_mask + batch64 * stride_key_mask_b,
             stride_key_mask_n,
             key_mask_needed,
-            mask,
-            mask_rows,
-            stride_mask_n,
+            mask + start64 * stride_mask_n,
+            mask_offsets,
             HAS_KEY_MASK,
             MASK_KIND,
         )
@@ -383,7 +388,8 @@ def combine_kernel(
 
     if EMPTY_ROW == EMPTY_NAN:
         result = tl.where(total == 0.0, float("nan"), result)
-    if EMPTY_ROW == EMPTY_MEAN:
+    # Nested: the outer condition is settled when Triton compiles, the inner one is a branch at run time.
+    if EMPTY_ROW == EMPTY_MEAN:  # noqa: SIM102
         if total == 0.0:
             result = all_keys_row(
                 query + batch * stride_qb + head * stride_qh + position * stride_qm,
@@ -502,6 +508,7 @@ def attend_tiles(
     tile_row = tl.arange(0, BLOCK_N)
     key_offsets = tile_row[:, None] * stride_kn + column_k[None, :]
     value_offsets = tile_row[:, None] * stride_vn + column_v[None, :]
+    mask_offsets = mask_rows[:, None] + tile_row[None, :] * stride_mask
     for start in tl.range(begin, end, BLOCK_N):
         index = start + tile_row
         inside = index < end
@@ -519,16 +526,13 @@ def attend_tiles(
                 key_mask,
                 stride_key_mask,
                 key_mask_needed,
-                mask,
-                mask_rows,
-                stride_mask,
+                mask + start64 * stride_mask,
+                mask_offsets,
                 HAS_KEY_MASK,
                 MASK_KIND,
             )
             if HAS_DOCUMENTS:
-                ids = tl.load(
-                    key_documents + tl.cast(index, tl.int64) * stride_key_documents, mask=inside, other=0
-                )
+                ids = tl.load(key_documents + tl.cast(index, tl.int64) * stride_key_documents, mask=inside, other=0)
                 same = (query_ids[:, None] == ids[None, :]) | one_document
                 scores = tl.where(same, scores, float("-inf"))
         v = load_tile(value_base + start64 * stride_vn, value_offsets, inside, column_v < DV, MASKED, BLOCK_DV != DV)
@@ -578,8 +582,9 @@ def all_keys_tile(
             k = load_tile(key_base, index64[:, None] * stride_kn + column_k[None, :], inside, column_k < DK, True, True)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             scores = shape_scores(scores, scale, softcap, SOFTCAP, MASK_KIND)
-            offsets = mask_rows[:, None] + index64[None, :] * stride_mask
-            scores = scores + tl.load(mask + offsets, mask=inside[None, :], other=0.0).to(tl.float32)
+            offsets = mask_rows[:, None] + tile_row[None, :] * stride_mask
+            bias_base = mask + tl.cast(start, tl.int64) * stride_mask
+            scores = scores + tl.load(bias_base + offsets, mask=inside[None, :], other=0.0).to(tl.float32)
             scores = tl.where(inside[None, :], scores, float("-inf"))
             accumulator, row_max, row_sum = online_softmax(
                 accumulator, row_max, row_sum, scores, v, 1.0, MASK_KIND, False, PRECISION
@@ -658,7 +663,7 @@ def tiled_kernel(
     program = tl.program_id(0)
     blocks = (queries + BLOCK_M - 1) // BLOCK_M
     head_bytes = keys * ((DK + DV) * (key.dtype.element_ty.primitive_bitwidth // 8))
-    section_heads = tl.minimum(tl.maximum(L2_BUDGET // tl.maximum(head_bytes, 1), 1) * GROUP, HEADS)
+    section_heads = tl.minimum(tl.maximum(L2_BUDGET // tl.maximum(head_bytes, 1), 1), HEADS // GROUP) * GROUP
     section = program // (section_heads * blocks)
     within = program % (section_heads * blocks)
     heads_here = tl.minimum(section_heads, HEADS - section * section_heads)
@@ -707,8 +712,10 @@ def tiled_kernel(
         stop = tl.minimum(stop, range_stop)
         one_document = (lowest_id == highest_id) & (found == range_stop - range_first)
 
+    # Tiles start at multiples of BLOCK_N, so that Triton knows the alignment of what it loads from a mask.
+    range_first = range_first // BLOCK_N * BLOCK_N
     # Tiles of [full_first, full_stop) are visible to every row of the block.
-    full_first = range_first + (tl.max(first, 0) - range_first + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    full_first = (tl.max(first, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
     full_stop = full_first + tl.maximum(tl.min(stop, 0) - full_first, 0) // BLOCK_N * BLOCK_N
     no_full_tile = full_stop <= full_first
     if HAS_KEY_MASK:
@@ -730,7 +737,9 @@ def tiled_kernel(
     value_base = value + batch64 * stride_vb + kv_head64 * stride_vh
     key_mask_base = key_mask + batch64 * stride_key_mask_b
     key_documents_base = key_documents + batch64 * stride_key_documents_b
-    mask_rows = batch64 * stride_mask_b + head64 * stride_mask_h + position64 * stride_mask_m
+    block_start = (block * BLOCK_M).to(tl.int64)
+    mask_base = mask + batch64 * stride_mask_b + head64 * stride_mask_h + block_start * stride_mask_m
+    mask_rows = (position - block * BLOCK_M) * stride_mask_m
 
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -767,7 +776,7 @@ def tiled_kernel(
                 key_documents_base,
                 stride_key_documents_n,
                 one_document,
-                mask,
+                mask_base,
                 mask_rows,
                 stride_mask_n,
                 scale,
@@ -791,7 +800,8 @@ def tiled_kernel(
     result = accumulator / tl.where(empty, 1.0, row_sum)[:, None]
     if EMPTY_ROW == EMPTY_NAN:
         result = tl.where(empty[:, None], float("nan"), result)
-    if EMPTY_ROW == EMPTY_MEAN:
+    # Nested: the outer condition is settled when Triton compiles, the inner one is a branch at run time.
+    if EMPTY_ROW == EMPTY_MEAN:  # noqa: SIM102
         if tl.max(empty.to(tl.int32), 0) > 0:
             fallback = all_keys_tile(
                 q,
@@ -800,7 +810,7 @@ def tiled_kernel(
                 value_base,
                 stride_kn,
                 stride_vn,
-                mask,
+                mask_base,
                 mask_rows,
                 stride_mask_n,
                 scale,
@@ -825,9 +835,7 @@ def tiled_kernel(
 
 
 @triton.jit
-def key_range_kernel(
-    mask, out, stride_b, stride_n, keys, BLOCK_N: tl.constexpr, IS_BOOLEAN: tl.constexpr
-):
+def key_range_kernel(mask, out, stride_b, stride_n, keys, BLOCK_N: tl.constexpr, IS_BOOLEAN: tl.constexpr):
     """First visible key, last visible key + 1, and whether a hidden key lies between them.  Grid: (B,).
 
     A row without visible keys gives (0, 0, 0), which is an empty range.

@@ -15,6 +15,7 @@ import math
 import struct
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -563,9 +564,11 @@ def reshape_index(e: Evaluator, node: fx.Node, index: Position) -> Position | No
             base[dim] = i
             continue
         dims, flat, stride, total = [(dim, size)], i, out_size, size
-        while total != stride:
+        while str(total) != str(stride):
+            if not isinstance(total, int) or not isinstance(stride, int) or not total or not stride:
+                return None  # comparing SymInts would add guards
             source = inner if total < stride else outer
-            if not source or not isinstance(total, int) or not isinstance(stride, int) or not total or not stride:
+            if not source:
                 return None
             if source is inner:
                 dims.append(inner.pop())
@@ -689,14 +692,18 @@ def absolute_number(space: Space, x: Expr) -> Expr | None:
     return None if negative is None else maximum_number(space, x, negative)
 
 
+def is_divisible(x: Expr, size: int | float | None) -> bool:
+    return isinstance(x, Linear) and isinstance(size, int) and size > 0
+
+
 def floor_divide_numbers(space: Space, x: Expr, y: Expr) -> Expr | None:
     size = const_value(y)
-    return space.floor_div(x, size) if isinstance(x, Linear) and isinstance(size, int) and size > 0 else None
+    return space.floor_div(x, size, fold=False) if is_divisible(x, size) else None
 
 
 def remainder_numbers(space: Space, x: Expr, y: Expr) -> Expr | None:
     size = const_value(y)
-    return space.remainder(x, size) if isinstance(x, Linear) and isinstance(size, int) and size > 0 else None
+    return space.remainder(x, size, fold=False) if is_divisible(x, size) else None
 
 
 def at_least(space: Space, x: Expr, y: Expr) -> Boolean | None:
@@ -1263,7 +1270,7 @@ class FormBuilder:
         pair = self._equal_elements(x)
         if pair is None:
             return False
-        query, key = to_read(pair[0]), to_read(pair[1])
+        query, key = (self._usable(to_read(side)) for side in pair)
         if query is None or key is None:
             return False
         self.terms["documents"].append(Documents(query, key))
@@ -1283,7 +1290,7 @@ class FormBuilder:
     def _place_read(self, term: Boolean) -> bool:
         """A condition on (b, k) that some graph value holds."""
         for name, wanted in (("key_padding", term), ("key_hidden", self.space.invert(term))):
-            read = to_read(wanted.element) if isinstance(wanted, Holds) else self.e.sources.get(wanted)
+            read = self._usable(to_read(wanted.element) if isinstance(wanted, Holds) else self.e.sources.get(wanted))
             if read is not None and read.axes <= {"b", "k"} and ("k" in read.axes or self.e.one_key):
                 self.terms[name].append(read)
                 return True
@@ -1294,7 +1301,7 @@ class FormBuilder:
 
     def _bound(self, x: Linear) -> Bound | None:
         """A linear form over SymInts and reads that depend on the batch row at most."""
-        whole = self.e.sources.get(x)
+        whole = self._usable(self.e.sources.get(x))
         const, reads = x.const, []
         for atom, coefficient in x.terms:
             found = self._atom_read(atom)
@@ -1312,7 +1319,7 @@ class FormBuilder:
             if holder is None or self.e.aliases.position(holder[1]) >= self.e.aliases.position(self.at):
                 return None
             return holder[0], Read(holder[1], reader=self.at), holder[2]
-        read = to_read(atom) if isinstance(atom, Element) else self.e.sources.get(self.space.of(atom))
+        read = self._usable(to_read(atom) if isinstance(atom, Element) else self.e.sources.get(self.space.of(atom)))
         return (1, read, 0) if read is not None and read.axes <= {"b"} else None
 
     def _unpacked(self, terms: Sequence[Boolean]) -> list[Boolean]:
@@ -1368,6 +1375,16 @@ class FormBuilder:
         if len(elements) != 2 or not all(isinstance(a, Element) for a in elements):
             return None
         return elements[0], elements[1]  # type: ignore[return-value]
+
+    def _usable(self, read: Read | None) -> Read | None:
+        """The read, if it can be made before ``at``: sites may be proved in any order and share what they read."""
+        aliases = self.e.aliases
+        if read is None or aliases.position(read.node) >= aliases.position(self.at):
+            return None
+        assert read.reader is not None
+        if aliases.position(read.reader) <= aliases.position(self.at):
+            return read
+        return replace(read, reader=self.at) if aliases.version(read.node, self.at) == read.version else None
 
 
 def to_read(element: Element) -> Read | None:

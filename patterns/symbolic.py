@@ -380,17 +380,22 @@ class Space:
     def shift(self, x: Linear, const: int) -> Linear:
         return self._make(Linear, x.const + const, x.terms)
 
-    def floor_div(self, x: Linear, size: int) -> Linear:
-        """``floor(x / size)``, with the multiples of ``size`` taken out."""
+    def floor_div(self, x: Linear, size: int, fold: bool = True) -> Linear:
+        """``floor(x / size)``, with the multiples of ``size`` taken out.
+
+        Without ``fold`` a division that is constant by its bounds stays a division: a chunk that holds all keys is
+        still recognised as a chunk.
+        """
         whole = self._linear(x.const // size, {a: c // size for a, c in x.terms if c % size == 0})
         rest = self._linear(x.const % size, {a: c for a, c in x.terms if c % size})
         low, high = self.bounds(rest)
-        if low is not None and high is not None and low // size == high // size:
+        fold = fold or rest.is_const
+        if fold and low is not None and high is not None and low // size == high // size:
             return self.shift(whole, low // size)
         return self.add(whole, self.of(self._make(FloorDiv, rest, size)))
 
-    def remainder(self, x: Linear, size: int) -> Linear:
-        return self.add(x, self.floor_div(x, size), -size)
+    def remainder(self, x: Linear, size: int, fold: bool = True) -> Linear:
+        return self.add(x, self.floor_div(x, size, fold), -size)
 
     def maximum(self, x: Linear, y: Linear) -> Linear:
         low, high = self.bounds(self.sub(x, y))
@@ -449,6 +454,11 @@ class Space:
 
     def at_least_zero(self, x: Linear) -> Boolean:
         """``x >= 0``."""
+        for atom, c in x.terms:
+            if isinstance(atom, FloorDiv):
+                low, high = self._atom_bounds(atom)
+                if low is not None and low == high:
+                    x = self.shift(self.add(x, self.of(atom), -c), c * low)
         divisor = math.gcd(*(c for _, c in x.terms))
         if divisor > 1:
             x = self._linear(x.const // divisor, {a: c // divisor for a, c in x.terms})
@@ -483,12 +493,16 @@ class Space:
         low, high = self.bounds(x)
         if (low is not None and low > 0) or (high is not None and high < 0):
             return self.false
-        if low == 0:
-            return self.at_least_zero(self.scale(x, -1))
-        if high == 0:
-            return self.at_least_zero(x)
+        if low == high == 0:
+            return self.true
         divisions = [(a, c) for a, c in x.terms if isinstance(a, FloorDiv)]
-        if len(divisions) == 1 and abs(divisions[0][1]) == 1:
+        # An equality of two divisions is a chunk, which an inequality would hide.
+        if low == 0 and len(divisions) < 2:
+            return self.at_least_zero(self.scale(x, -1))
+        if high == 0 and len(divisions) < 2:
+            return self.at_least_zero(x)
+        splits = len(divisions) == 1 and abs(divisions[0][1]) == 1
+        if splits or any(isinstance(a, Max) and abs(c) == 1 for a, c in x.terms):
             return self.all_of([self.at_least_zero(x), self.at_least_zero(self.scale(x, -1))])
         return self._make(Zero, x)
 

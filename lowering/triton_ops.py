@@ -1,0 +1,456 @@
+"""The Triton kernels as functions and as ``torch.library.triton_op`` ops, with the calling convention of ``attend``.
+
+``split_kv``, ``tiled`` and ``key_range`` launch at once; ``split_kv_v1``, ``tiled_v1`` and ``key_range_v1`` are ops
+that make_fx, AOTAutograd and Inductor trace through, so that a compiled graph launches the kernels itself.  Both ways
+share the ``_run_*`` functions, which read sizes, strides and dtypes only: grids never depend on values, as CUDA graphs
+need.
+Forward only.  Importing this module works without Triton; ``available`` says what is missing.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.library import triton_op, wrap_triton
+
+from .semantic import attend_output
+
+try:
+    # By name: torch finds the kernels of a triton_op in this module's names and puts their sources in its cache keys.
+    from .triton_kernels import combine_kernel, key_range_kernel, split_kernel, tiled_kernel
+except ImportError as error:
+    _missing: str | None = f"triton cannot be imported: {error}"
+else:
+    _missing = None
+
+LOG2E = 1.4426950408889634
+MAX_HEAD_SIZE = 256
+MAX_SPLITS = 64
+KEY_RANGE_BLOCK = 4096
+
+Launcher = Any
+
+
+class TileConfig(NamedTuple):
+    """Launch parameters of ``tiled``."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+class SplitConfig(NamedTuple):
+    """Launch parameters of ``split_kv``; ``splits`` 0 leaves their number to :func:`split_count`."""
+
+    block_n: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+
+def available() -> str | None:
+    """None when the kernels can be launched, else the reason why not."""
+    return _missing
+
+
+def tile_config(
+    dtype: torch.dtype, head_size: int, queries: int | torch.SymInt, reads_every_pair: bool = False
+) -> TileConfig:
+    """Tile sizes of ``tiled`` for a head size (the larger one of keys and values).
+
+    Query, accumulator and scores of a block live in registers and K/V of each stage in shared memory (227 KiB on an
+    H200): 128 query rows over 8 warps are two Hopper warp groups, and larger heads leave room for fewer keys, as do
+    dense masks and documents, which are read for every query and key (``reads_every_pair``).  Float32 runs without
+    tensor cores, where small tiles avoid spills (seen with ptxas for sm_90).  A symbolic number of queries gets the
+    tile of a long prefill: choosing by it would add a guard.
+    """
+    block = _power_of_two(head_size)
+    if dtype == torch.float32:
+        return TileConfig(32, 32 if block <= 128 else 16, 8, 1)
+    if isinstance(queries, int) and queries <= 64:
+        return TileConfig(64, 64 if block <= 128 else 32, 4, 2)
+    if block > 128:
+        return TileConfig(128, 32 if reads_every_pair else 64, 8, 2)
+    if reads_every_pair:
+        return TileConfig(128, 64, 8, 2)
+    return TileConfig(128, 128, 8, 3 if block <= 64 else 2)
+
+
+def split_config(dtype: torch.dtype, head_size: int) -> SplitConfig:
+    """Tile sizes of ``split_kv``: about 64 KiB to 96 KiB of keys and values in flight, so that two programs fit on
+    one SM and hide each other's prologue; decode only waits for memory."""
+    block = _power_of_two(head_size)
+    if dtype == torch.float32:
+        return SplitConfig(32 if block <= 128 else 16, 0, 8, 2)
+    return SplitConfig(64 if block <= 128 else 32, 0, 4, 3)
+
+
+def split_count(
+    batch: int | torch.SymInt, programs: int, keys: int | torch.SymInt, block_n: int, multiprocessors: int
+) -> int:
+    """How many splits ``split_kv`` makes: about four programs an SM, which evens out rows of unequal length.
+
+    ``programs`` is the number of programs of one batch row and one split.  The kernel rounds a split up to whole
+    tiles, so too many splits cost only empty programs; therefore a symbolic batch counts as one row and a symbolic
+    number of keys as many, without a guard.
+    """
+    rows = batch if isinstance(batch, int) else 1
+    wanted = _ceil_div(4 * multiprocessors, max(rows * programs, 1))
+    if isinstance(keys, int):
+        wanted = min(wanted, _ceil_div(keys, block_n))
+    return max(1, min(wanted, MAX_SPLITS))
+
+
+def split_kv(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    chunk: int = 0,
+    empty_row: int = 0,
+    config: SplitConfig | None = None,
+) -> torch.Tensor:
+    """``attend`` for few queries, without documents: the keys that ``bounds`` leave are split over many programs.
+
+    Takes any strides with the last one of query, key and value 1; float32, float16, bfloat16; head sizes up to 256.
+    """
+    launchers = (split_kernel, combine_kernel)
+    return _run_split_kv(launchers, query, key, value, bounds, key_mask, mask, scale, softcap, chunk, empty_row, config)
+
+
+def tiled(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    query_documents: torch.Tensor | None = None,
+    key_documents: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    chunk: int = 0,
+    empty_row: int = 0,
+    config: TileConfig | None = None,
+) -> torch.Tensor:
+    """``attend`` for any number of queries; strides, dtypes and head sizes as for :func:`split_kv`."""
+    return _run_tiled(
+        tiled_kernel,
+        query,
+        key,
+        value,
+        bounds,
+        key_mask,
+        query_documents,
+        key_documents,
+        mask,
+        scale,
+        softcap,
+        chunk,
+        empty_row,
+        config,
+    )
+
+
+def key_range(mask: torch.Tensor) -> torch.Tensor:
+    """First visible key, last visible key + 1, and whether a hidden key lies between: int32 [B, 3].
+
+    ``mask`` is [B, N] with any strides: bool, or float with a key hidden where it holds its dtype's most negative
+    finite number or -inf.  A row without visible keys gives (0, 0, 0).
+    """
+    return _run_key_range(key_range_kernel, mask)
+
+
+@triton_op("lz_compile::split_kv_v1", mutates_args={})
+def split_kv_v1(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    query_documents: torch.Tensor | None = None,
+    key_documents: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    chunk: int = 0,
+    empty_row: int = 0,
+) -> torch.Tensor:
+    """:func:`split_kv` as an op, with the signature of ``attend``; refuses documents."""
+    if query_documents is not None or key_documents is not None:
+        raise NotImplementedError("split_kv_v1 takes no documents")
+    launchers = (wrap_triton(split_kernel), wrap_triton(combine_kernel))
+    return _run_split_kv(launchers, query, key, value, bounds, key_mask, mask, scale, softcap, chunk, empty_row)
+
+
+@triton_op("lz_compile::tiled_v1", mutates_args={})
+def tiled_v1(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    query_documents: torch.Tensor | None = None,
+    key_documents: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    chunk: int = 0,
+    empty_row: int = 0,
+) -> torch.Tensor:
+    """:func:`tiled` as an op, with the signature of ``attend``."""
+    return _run_tiled(
+        wrap_triton(tiled_kernel),
+        query,
+        key,
+        value,
+        bounds,
+        key_mask,
+        query_documents,
+        key_documents,
+        mask,
+        scale,
+        softcap,
+        chunk,
+        empty_row,
+    )
+
+
+@triton_op("lz_compile::key_range_v1", mutates_args={})
+def key_range_v1(mask: torch.Tensor) -> torch.Tensor:
+    """:func:`key_range` as an op."""
+    return _run_key_range(wrap_triton(key_range_kernel), mask)
+
+
+def _run_split_kv(
+    launchers: tuple[Launcher, Launcher],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    chunk: int,
+    empty_row: int,
+    config: SplitConfig | None = None,
+) -> torch.Tensor:
+    query, scale = _with_positive_scale(query, scale)
+    batch, heads, queries, head_size = query.shape
+    kv_heads, keys, value_size = int(value.shape[1]), value.shape[2], value.shape[3]
+    group = int(heads) // kv_heads
+    config = config or split_config(query.dtype, max(head_size, value_size))
+    rows = min(_power_of_two(group * queries), _split_rows(query.dtype, max(head_size, value_size)))
+    row_blocks = _ceil_div(group * queries, rows)
+    splits = config.splits or split_count(
+        batch, kv_heads * row_blocks, keys, config.block_n, _multiprocessors(query.device)
+    )
+
+    out = attend_output(query, value)
+    partial_out = query.new_empty((batch, heads, queries, splits, value_size), dtype=torch.float32)
+    partial_max = query.new_empty((batch, heads, queries, splits), dtype=torch.float32)
+    partial_sum = query.new_empty((batch, heads, queries, splits), dtype=torch.float32)
+    mask_kind, mask_strides = _mask_layout(mask, query, keys)
+    shared: dict[str, Any] = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "mask": query if mask is None else mask,
+        "partial_out": partial_out,
+        "partial_max": partial_max,
+        "partial_sum": partial_sum,
+        **_strides("q", query, "bhm"),
+        **_strides("k", key, "bhn"),
+        **_strides("v", value, "bhn"),
+        **mask_strides,
+        "queries": queries,
+        "keys": keys,
+        "scale": scale,
+        "softcap": softcap,
+        "SPLITS": splits,
+        "GROUP": group,
+        "DK": head_size,
+        "DV": value_size,
+        "BLOCK_DK": _power_of_two(head_size),
+        "BLOCK_DV": _power_of_two(value_size),
+        "MASK_KIND": mask_kind,
+        "SOFTCAP": softcap != 0.0,
+    }
+    split, combine = launchers
+    split[(row_blocks * splits, kv_heads, batch)](
+        bounds=query if bounds is None else bounds,
+        key_mask=query if key_mask is None else key_mask,
+        **_optional_strides("key_mask", key_mask, "bn"),
+        factor=_exponent_factor(scale, softcap),
+        ROWS=rows,
+        BLOCK_N=config.block_n,
+        CHUNK=chunk,
+        HAS_BOUNDS=bounds is not None,
+        HAS_KEY_MASK=key_mask is not None,
+        PRECISION=_dot_precision(query.dtype),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **shared,
+    )
+    combine[(heads * queries, batch)](
+        out=out,
+        **_strides("o", out, "bhm"),
+        BLOCK_SPLITS=_power_of_two(splits, 1),
+        HEADS=heads,
+        BLOCK_N=32,
+        EMPTY_ROW=empty_row,
+        num_warps=4,
+        **shared,
+    )
+    return out
+
+
+def _run_tiled(
+    launcher: Launcher,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    query_documents: torch.Tensor | None,
+    key_documents: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    chunk: int,
+    empty_row: int,
+    config: TileConfig | None = None,
+) -> torch.Tensor:
+    query, scale = _with_positive_scale(query, scale)
+    batch, heads, queries, head_size = query.shape
+    kv_heads, keys, value_size = int(value.shape[1]), value.shape[2], value.shape[3]
+    has_documents = query_documents is not None and key_documents is not None
+    if config is None:
+        config = tile_config(query.dtype, max(head_size, value_size), queries, mask is not None or has_documents)
+    out = attend_output(query, value)
+    mask_kind, mask_strides = _mask_layout(mask, query, keys)
+    launcher[(_ceil_div(queries, config.block_m) * heads, batch)](
+        query=query,
+        key=key,
+        value=value,
+        bounds=query if bounds is None else bounds,
+        key_mask=query if key_mask is None else key_mask,
+        query_documents=query if query_documents is None else query_documents,
+        key_documents=query if key_documents is None else key_documents,
+        mask=query if mask is None else mask,
+        out=out,
+        **_strides("q", query, "bhm"),
+        **_strides("k", key, "bhn"),
+        **_strides("v", value, "bhn"),
+        **_optional_strides("key_mask", key_mask, "bn"),
+        **_optional_strides("query_documents", query_documents, "bm"),
+        **_optional_strides("key_documents", key_documents, "bn"),
+        **mask_strides,
+        **_strides("o", out, "bhm"),
+        queries=queries,
+        keys=keys,
+        scale=scale,
+        softcap=softcap,
+        factor=_exponent_factor(scale, softcap),
+        HEADS=heads,
+        GROUP=int(heads) // kv_heads,
+        DK=head_size,
+        DV=value_size,
+        BLOCK_DK=_power_of_two(head_size),
+        BLOCK_DV=_power_of_two(value_size),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        CHUNK=chunk,
+        HAS_BOUNDS=bounds is not None,
+        HAS_KEY_MASK=key_mask is not None,
+        HAS_DOCUMENTS=has_documents,
+        MASK_KIND=mask_kind,
+        SOFTCAP=softcap != 0.0,
+        EMPTY_ROW=empty_row,
+        PRECISION=_dot_precision(query.dtype),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return out
+
+
+def _run_key_range(launcher: Launcher, mask: torch.Tensor) -> torch.Tensor:
+    batch, keys = mask.shape
+    out = mask.new_empty((batch, 3), dtype=torch.int32)
+    launcher[(batch,)](
+        mask=mask,
+        out=out,
+        stride_b=mask.stride(0),
+        stride_n=mask.stride(1),
+        keys=keys,
+        BLOCK_N=KEY_RANGE_BLOCK,
+        IS_BOOLEAN=mask.dtype == torch.bool,
+        num_warps=8,
+    )
+    return out
+
+
+def _with_positive_scale(query: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
+    """The kernels take the maximum of the scores before they scale them, which needs a positive scale."""
+    if scale < 0:
+        return query.neg(), -scale
+    return query, max(scale, 1e-30)
+
+
+def _exponent_factor(scale: float, softcap: float) -> float:
+    """What ``online_softmax`` multiplies ``shape_scores`` with, when there is no additive mask, before exp2."""
+    return (softcap or scale) * LOG2E
+
+
+def _dot_precision(dtype: torch.dtype) -> str:
+    """Float32 inputs get float32 products, not TF32's; for other dtypes the setting says nothing."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def _split_rows(dtype: torch.dtype, head_size: int) -> int:
+    """The most query rows a program of ``split_kv`` takes before its accumulators spill; more rows read K/V again,
+    mostly from L2."""
+    if dtype == torch.float32:
+        return 32 if head_size <= 128 else 16
+    return 64 if head_size <= 128 else 32
+
+
+def _strides(name: str, tensor: torch.Tensor, axes: str) -> dict[str, Any]:
+    return {f"stride_{name}{axis}": tensor.stride(i) for i, axis in enumerate(axes)}
+
+
+def _optional_strides(name: str, tensor: torch.Tensor | None, axes: str) -> dict[str, Any]:
+    return {f"stride_{name}_{axis}": 0 if tensor is None else tensor.stride(i) for i, axis in enumerate(axes)}
+
+
+def _mask_layout(mask: torch.Tensor | None, query: torch.Tensor, keys: int) -> tuple[int, dict[str, Any]]:
+    """MASK_KIND of the kernels (0 none, 1 boolean, 2 additive) and the strides of the mask as [B, Hq, M, N]."""
+    if mask is None:
+        return 0, dict.fromkeys((f"stride_mask_{axis}" for axis in "bhmn"), 0)
+    batch, heads, queries, _ = query.shape
+    expanded = mask.expand(batch, heads, queries, keys)
+    return (1 if mask.dtype == torch.bool else 2), _optional_strides("mask", expanded, "bhmn")
+
+
+def _multiprocessors(device: torch.device) -> int:
+    """The SM count; a constant under tracing.  An H200's where there is no GPU (Triton's interpreter)."""
+    if device.type != "cuda":
+        return 132
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _ceil_div(a: Any, b: Any) -> Any:
+    return -(-a // b)
+
+
+def _power_of_two(size: int, least: int = 16) -> int:
+    """The next power of two, at least 16: the smallest side that ``tl.dot`` takes."""
+    result = least
+    while result < size:
+        result *= 2
+    return result
