@@ -18,9 +18,9 @@ from lz_compile.lowering.emit import Emitter
 from lz_compile.lowering.semantic import (
     CHUNK_ORIGIN,
     CHUNK_SHIFT,
+    EMPTY_ROW,
     HOLES,
     LOWER,
-    SAFE_MEAN,
     START,
     STOP,
     UPPER,
@@ -223,7 +223,7 @@ def _trim(
 
 def _simple_kind(row: list[int], queries: slice, first: int, last: int, chunk: int) -> bool | None:
     """False when every query sees [first, last), True when that is causal from ``first``, None when it is neither."""
-    if queries.stop <= queries.start or chunk and queries.stop - queries.start > 1:
+    if queries.stop <= queries.start or (chunk and queries.stop - queries.start > 1):
         return None
     if queries.stop - 1 + row[LOWER] > first:
         return None
@@ -249,9 +249,7 @@ def _sdpa(
         packed = query.reshape(batch, kv_heads, heads // kv_heads, size)
         result = F.scaled_dot_product_attention(packed, key, value, mask, scale=scale)
         return result.reshape(batch, heads, 1, value.shape[-1])
-    return F.scaled_dot_product_attention(
-        query, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=True
-    )
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=True)
 
 
 def _fill_empty(
@@ -280,10 +278,12 @@ def _empty_rows(
     empty_row: int,
 ) -> torch.Tensor | float:
     """What queries that see no key give (see ``empty_row`` of :func:`lz_compile.lowering.semantic.attend`)."""
-    if empty_row == 0:
+    if empty_row == EMPTY_ROW["zero"]:
         return torch.zeros((), dtype=query.dtype)
-    if empty_row == 2:
+    if empty_row == EMPTY_ROW["nan"]:
         return torch.full((), float("nan"), dtype=query.dtype)
+    if empty_row == EMPTY_ROW["unmasked"]:
+        return _sdpa(query[rows, :, queries], key[rows], value[rows], None, False, scale)
     group = query.shape[1] // value.shape[1]
     compute = torch.promote_types(query.dtype, torch.float32)
     if hidden.mask is not None and hidden.mask.dtype != torch.bool:
@@ -292,7 +292,7 @@ def _empty_rows(
         k = key[rows].to(compute).repeat_interleave(group, 1)
         scores = query[rows, :, queries].to(compute) @ k.transpose(-1, -2) * scale + bias.to(compute)
         weights = torch.softmax(scores, -1)
-        if empty_row == SAFE_MEAN:
+        if empty_row == EMPTY_ROW["safe mean"]:
             weights = weights.masked_fill((scores == float("-inf")).all(-1, keepdim=True), 0.0)
         return (weights @ value[rows].to(compute).repeat_interleave(group, 1)).to(query.dtype)
     mean = value[rows].to(compute).mean(2, keepdim=True).to(query.dtype)

@@ -15,7 +15,7 @@ import torch.fx as fx
 
 from lz_compile.aliasing import Aliases
 from lz_compile.compat import fake_mode_of
-from lz_compile.lowering.semantic import BOUND_COLUMNS, EMPTY_ROW, NO_LOWER, NO_UPPER, SAFE_MEAN
+from lz_compile.lowering.semantic import BOUND_COLUMNS, EMPTY_ROW, NO_LOWER, NO_UPPER
 from lz_compile.mask import Bound, Documents, MaskForm, Read
 from lz_compile.region import Region
 
@@ -87,7 +87,7 @@ class Emitter:
         assert attention is not None
         if attention.mask.is_trivial:
             return MaskArguments()
-        key = ("mask", attention.mask, region.pattern, str(attention.batch), str(attention.queries), str(attention.keys))
+        key = ("mask", attention.mask, str(attention.batch), str(attention.queries), str(attention.keys))
         return self.shared(key, lambda: _MaskEmission(self, region).build())
 
 
@@ -98,7 +98,6 @@ class _MaskEmission:
         attention = region.attention
         assert attention is not None
         self.emitter = emitter
-        self.region = region
         self.anchor = region.output
         self.form: MaskForm = attention.mask
         self.attention = attention
@@ -125,14 +124,8 @@ class _MaskEmission:
             key_documents=self._documents(documents, "keys") if documents else None,
             mask=mask,
             chunk=form.chunk.size if form.chunk else 0,
-            empty_row=self._empty_row(),
+            empty_row=EMPTY_ROW[form.empty_row],
         )
-
-    def _empty_row(self) -> int:
-        """SDPA gives zeros for a row of an additive mask that is -inf throughout, a softmax gives NaN."""
-        if self.form.bias is not None:
-            return SAFE_MEAN if self.region.pattern == "sdpa" else EMPTY_ROW["mean"]
-        return EMPTY_ROW[self.form.empty_row]
 
     # -- sizes and runtime integers
 

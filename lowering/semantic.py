@@ -14,9 +14,7 @@ NO_UPPER = 1 << 30
 NO_LOWER = -(1 << 30)
 
 # What a row in which no key is visible gives; see lz_compile.mask.MaskForm.empty_row.
-EMPTY_ROW = {"zero": 0, "mean": 1, "nan": 2}
-# For an additive mask given to SDPA: as 1, but zeros where the whole row is -inf.
-SAFE_MEAN = 3
+EMPTY_ROW = {"zero": 0, "mean": 1, "nan": 2, "safe mean": 3, "unmasked": 4}
 
 
 def visible_keys(
@@ -89,7 +87,7 @@ def attend(
         chunk: chunk size, 0 for none: ``(k - origin) // chunk == (q + shift - origin) // chunk``.
         empty_row: what a row without visible keys gives: 0 zeros, 1 the softmax over all N keys of the additive
             ``mask`` (with no additive mask: the mean of all values; NaN where it is -inf throughout), 2 NaN, 3 as 1
-            but zeros instead of that NaN.
+            but zeros instead of that NaN, 4 the softmax over all N keys without any mask.
 
     Returns:
         [B, Hq, M, Dv] in the dtype of ``query``, computed in float32 (float64 for float64 inputs), with the memory of
@@ -108,16 +106,19 @@ def attend(
         bounds, key_mask, query_documents, key_documents, mask, chunk, batch, queries, keys, query.device
     )
     additive = mask is not None and mask.dtype != torch.bool
-    if additive:
+    plain = scores
+    if mask is not None and additive:
         scores = scores + mask.to(compute)
     weights = torch.softmax(scores.masked_fill(~visible, float("-inf")), -1)
     empty = ~visible.any(-1, keepdim=True)
     if empty_row == 0:
         fallback = torch.zeros_like(weights)
-    elif empty_row in (1, SAFE_MEAN):
+    elif empty_row in (1, 3):
         fallback = torch.softmax(scores if additive else torch.zeros_like(scores), -1)
-        if empty_row == SAFE_MEAN and additive:
+        if empty_row == 3 and additive:
             fallback = fallback.masked_fill((scores == float("-inf")).all(-1, keepdim=True), 0.0)
+    elif empty_row == 4:
+        fallback = torch.softmax(plain, -1)
     else:
         fallback = torch.full_like(weights, float("nan"))
     weights = torch.where(empty, fallback, weights)

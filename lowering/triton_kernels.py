@@ -20,10 +20,14 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # Values of MASK_KIND.
 BOOLEAN_MASK = tl.constexpr(1)
 ADDITIVE_MASK = tl.constexpr(2)
+# Beside the kinds of masks: scores without any, for empty rows that attend as if there were no mask.
+UNMASKED = tl.constexpr(3)
 
 # Values of EMPTY_ROW, as in semantic.EMPTY_ROW.
 EMPTY_MEAN = tl.constexpr(1)
 EMPTY_NAN = tl.constexpr(2)
+EMPTY_SAFE_MEAN = tl.constexpr(3)
+EMPTY_UNMASKED = tl.constexpr(4)
 
 BOUND_COLUMNS = tl.constexpr(8)
 
@@ -241,6 +245,10 @@ def split_kernel(
     Grid: (row blocks * SPLITS, Hkv, B).  Writes, contiguous over [B, Hq, queries, SPLITS]: the largest score, the sum
     of the exponentials, and the weighted sum of values [.., DV] before division; a split without keys writes no values.
     """
+    # Inductor passes Python floats as float64.
+    scale = tl.cast(scale, tl.float32)
+    softcap = tl.cast(softcap, tl.float32)
+    factor = tl.cast(factor, tl.float32)
     block = tl.program_id(0)
     split = block % SPLITS
     kv_head = tl.program_id(1)
@@ -361,6 +369,9 @@ def combine_kernel(
     EMPTY_ROW: tl.constexpr,
 ):
     """Adds up the splits of one row.  Grid: (HEADS * queries, B)."""
+    # Inductor passes Python floats as float64.
+    scale = tl.cast(scale, tl.float32)
+    softcap = tl.cast(softcap, tl.float32)
     row = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     head = (row // queries).to(tl.int64)
@@ -389,7 +400,7 @@ def combine_kernel(
     if EMPTY_ROW == EMPTY_NAN:
         result = tl.where(total == 0.0, float("nan"), result)
     # Nested: the outer condition is settled when Triton compiles, the inner one is a branch at run time.
-    if EMPTY_ROW == EMPTY_MEAN:  # noqa: SIM102
+    if EMPTY_ROW == EMPTY_MEAN or EMPTY_ROW == EMPTY_SAFE_MEAN or EMPTY_ROW == EMPTY_UNMASKED:
         if total == 0.0:
             result = all_keys_row(
                 query + batch * stride_qb + head * stride_qh + position * stride_qm,
@@ -407,9 +418,11 @@ def combine_kernel(
                 BLOCK_DK,
                 BLOCK_DV,
                 BLOCK_N,
-                MASK_KIND,
+                UNMASKED if EMPTY_ROW == EMPTY_UNMASKED else MASK_KIND,
                 SOFTCAP,
             )
+            if EMPTY_ROW == EMPTY_SAFE_MEAN:  # the softmax over a row of -inf is NaN
+                result = tl.where(result == result, result, 0.0)
     offsets = batch * stride_ob + head * stride_oh + position * stride_om + column
     tl.store(out + offsets, result.to(out.dtype.element_ty), mask=column < DV)
 
@@ -434,7 +447,8 @@ def all_keys_row(
     MASK_KIND: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """What an empty row of mode 1 gives: over all keys the softmax with the additive mask, else the mean of values."""
+    """What an empty row gives that still sees all keys: the softmax with the additive mask or (UNMASKED) without one,
+    else the mean of values."""
     column_k = tl.arange(0, BLOCK_DK)
     column_v = tl.arange(0, BLOCK_DV)
     tile_row = tl.arange(0, BLOCK_N)
@@ -446,10 +460,11 @@ def all_keys_row(
         index = start + tile_row
         inside = index < keys
         index64 = tl.cast(index, tl.int64)
-        if MASK_KIND == ADDITIVE_MASK:
+        if MASK_KIND == ADDITIVE_MASK or MASK_KIND == UNMASKED:
             k = load_tile(key, index64[:, None] * stride_kn + column_k[None, :], inside, column_k < DK, True, True)
-            scores = shape_scores(tl.sum(k.to(tl.float32) * q[None, :], 1), scale, softcap, SOFTCAP, MASK_KIND)
-            scores = scores + tl.load(mask + index64 * stride_mask, mask=inside, other=0.0).to(tl.float32)
+            scores = shape_scores(tl.sum(k.to(tl.float32) * q[None, :], 1), scale, softcap, SOFTCAP, ADDITIVE_MASK)
+            if MASK_KIND == ADDITIVE_MASK:
+                scores = scores + tl.load(mask + index64 * stride_mask, mask=inside, other=0.0).to(tl.float32)
         else:
             scores = tl.zeros([BLOCK_N], tl.float32)
         scores = tl.where(inside, scores, float("-inf"))
@@ -578,20 +593,21 @@ def all_keys_tile(
         inside = index < keys
         index64 = tl.cast(index, tl.int64)
         v = load_tile(value_base, index64[:, None] * stride_vn + column_v[None, :], inside, column_v < DV, True, True)
-        if MASK_KIND == ADDITIVE_MASK:
+        if MASK_KIND == ADDITIVE_MASK or MASK_KIND == UNMASKED:
             k = load_tile(key_base, index64[:, None] * stride_kn + column_k[None, :], inside, column_k < DK, True, True)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            scores = shape_scores(scores, scale, softcap, SOFTCAP, MASK_KIND)
-            offsets = mask_rows[:, None] + tile_row[None, :] * stride_mask
-            bias_base = mask + tl.cast(start, tl.int64) * stride_mask
-            scores = scores + tl.load(bias_base + offsets, mask=inside[None, :], other=0.0).to(tl.float32)
+            scores = shape_scores(scores, scale, softcap, SOFTCAP, ADDITIVE_MASK)
+            if MASK_KIND == ADDITIVE_MASK:
+                offsets = mask_rows[:, None] + tile_row[None, :] * stride_mask
+                bias_base = mask + tl.cast(start, tl.int64) * stride_mask
+                scores = scores + tl.load(bias_base + offsets, mask=inside[None, :], other=0.0).to(tl.float32)
             scores = tl.where(inside[None, :], scores, float("-inf"))
             accumulator, row_max, row_sum = online_softmax(
-                accumulator, row_max, row_sum, scores, v, 1.0, MASK_KIND, False, PRECISION
+                accumulator, row_max, row_sum, scores, v, 1.0, ADDITIVE_MASK, False, PRECISION
             )
         else:
             total += tl.sum(v.to(tl.float32), 0)
-    if MASK_KIND == ADDITIVE_MASK:
+    if MASK_KIND == ADDITIVE_MASK or MASK_KIND == UNMASKED:
         result = accumulator / row_sum[:, None]
     else:
         result = accumulator + (total / keys)[None, :]
@@ -658,6 +674,10 @@ def tiled_kernel(
     Programs run in sections of heads whose keys and values fit in L2 together; within a section the last query
     blocks, which a causal mask makes the longest, go first, so that short ones fill the end.
     """
+    # Inductor passes Python floats as float64.
+    scale = tl.cast(scale, tl.float32)
+    softcap = tl.cast(softcap, tl.float32)
+    factor = tl.cast(factor, tl.float32)
     batch = tl.program_id(1)
     batch64 = batch.to(tl.int64)
     program = tl.program_id(0)
@@ -801,7 +821,7 @@ def tiled_kernel(
     if EMPTY_ROW == EMPTY_NAN:
         result = tl.where(empty[:, None], float("nan"), result)
     # Nested: the outer condition is settled when Triton compiles, the inner one is a branch at run time.
-    if EMPTY_ROW == EMPTY_MEAN:  # noqa: SIM102
+    if EMPTY_ROW == EMPTY_MEAN or EMPTY_ROW == EMPTY_SAFE_MEAN or EMPTY_ROW == EMPTY_UNMASKED:
         if tl.max(empty.to(tl.int32), 0) > 0:
             fallback = all_keys_tile(
                 q,
@@ -821,10 +841,12 @@ def tiled_kernel(
                 BLOCK_DK,
                 BLOCK_DV,
                 BLOCK_N,
-                MASK_KIND,
+                UNMASKED if EMPTY_ROW == EMPTY_UNMASKED else MASK_KIND,
                 SOFTCAP,
                 PRECISION,
             )
+            if EMPTY_ROW == EMPTY_SAFE_MEAN:  # the softmax over a row of -inf is NaN
+                fallback = tl.where(fallback == fallback, fallback, 0.0)
             result = tl.where(empty[:, None], fallback, result)
     out_rows = batch64 * stride_ob + head64 * stride_oh + position64 * stride_om
     tl.store(

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 import torch.fx as fx
 
 from lz_compile import config
@@ -141,7 +139,7 @@ def _compile(
     try:
         return compile_fx(rewritten, example_inputs, config_patches=inductor)
     except Exception as error:
-        if config.strict or isinstance(error, torch._dynamo.exc.TorchDynamoException):
+        if config.strict:
             raise
         report.reason = f"Inductor did not take the rewritten graph: {type(error).__name__}: {error}"
         log.warning("lz-compile left a graph to Inductor: %s", report.reason)

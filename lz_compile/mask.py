@@ -21,7 +21,25 @@ from typing import Literal
 import torch.fx as fx
 
 Axis = Literal["b", "h", "q", "k"]
-EmptyRow = Literal["zero", "mean", "nan"]
+EmptyRow = Literal["zero", "mean", "nan", "safe mean", "unmasked"]
+
+
+@dataclass(frozen=True)
+class EmptyRows:
+    """What a program gives for a row in which no key is visible, by the kind of its mask (see MaskForm.empty_row).
+
+    ``boolean``: a boolean mask; ``infinite`` and ``finite``: an additive mask that hides with -inf, or with the least
+    finite number of its dtype; ``bias``: an additive mask of which nothing is known.
+    """
+
+    boolean: EmptyRow
+    infinite: EmptyRow
+    finite: EmptyRow
+    bias: EmptyRow
+
+
+# A softmax written out: NaN over -inf, the mean of all values over one finite number.
+EMPTY_ROWS_OF_SOFTMAX = EmptyRows(boolean="nan", infinite="nan", finite="mean", bias="mean")
 
 
 @dataclass(frozen=True)
@@ -111,9 +129,15 @@ class MaskForm:
     ``bias`` is an additive float mask that was not proved to be a mask.  Terms that were proved beside a ``dense``
     or ``bias`` part stand, so a kernel may narrow its range by them.
 
-    ``empty_row`` says what the eager program computes for a row in which no key is visible: ``"zero"`` (PyTorch's SDPA
-    with a boolean or -inf mask), ``"mean"`` (a finite fill value: every key, visible or not, weighs the same),
-    ``"nan"`` (a softmax over -inf).
+    ``empty_row`` says what the eager program computes for a row in which no key is visible:
+
+    - ``"zero"``: zeros (PyTorch's SDPA with a boolean or -inf mask);
+    - ``"mean"``: the softmax over all keys of the additive mask, which for one finite fill value weighs every key the
+      same; NaN where the mask is -inf throughout (a softmax over finite fills);
+    - ``"nan"``: NaN (a softmax over -inf);
+    - ``"safe mean"``: as ``"mean"``, but zeros instead of that NaN (SDPA with an arbitrary additive mask);
+    - ``"unmasked"``: attention over all keys as if there were no mask (cuDNN with a boolean mask).
+
     ``unproved`` says where the proof stopped, for the report.
     """
 

@@ -54,6 +54,7 @@ def _require_traceable(dynamo: fx.GraphModule, placeholders: list[fx.Node]) -> N
     for node in dynamo.graph.nodes:
         if is_higher_order(node):
             raise LeftAlone(f"higher-order operator {node.target}")
+    for node in dynamo.graph.nodes:
         if node.op == "call_function" and node.target is torch.amp.autocast_mode._enter_autocast and node.args[2]:
             raise LeftAlone("autocast inside the graph: dtypes are decided after this step")
         if node.op == "get_attr" and isinstance(getattr(dynamo, str(node.target), None), fx.GraphModule):

@@ -19,8 +19,9 @@ import torch.fx as fx
 
 from lz_compile.aliasing import Aliases
 from lz_compile.gradients import needs_gradient
-from lz_compile.mask import Bound, EmptyRow, MaskForm
+from lz_compile.mask import EMPTY_ROWS_OF_SOFTMAX, Bound, EmptyRow, EmptyRows, MaskForm
 from lz_compile.patterns.cache import find_cache_write
+from lz_compile.patterns.empty_rows import EmptyRowsOfSdpa
 from lz_compile.patterns.heads import ungroup
 from lz_compile.patterns.masks import MaskProver
 from lz_compile.patterns.walk import CASTS, COPIES, arguments, aten, fake, same, same_shape, scalar, target
@@ -37,6 +38,7 @@ class Declined(Exception):
 def find_attention(graph: fx.Graph, aliases: Aliases, module_of: Any) -> list[Region]:
     """All attention sites of a graph.  ``module_of(node)`` gives the module path of a node."""
     prover = MaskProver(graph, aliases)
+    empty_rows = EmptyRowsOfSdpa()
     regions: list[Region] = []
     for node in list(graph.nodes):
         if target(node) is aten.scaled_dot_product_attention.default:
@@ -52,7 +54,7 @@ def find_attention(graph: fx.Graph, aliases: Aliases, module_of: Any) -> list[Re
             continue
         region = Region("attention", site.pattern, site.output, module_of(site.output))
         try:
-            region.attention = read(site, prover, aliases)
+            region.attention = read(site, prover, empty_rows)
             region.nodes = sorted(site.nodes, key=aliases.position)
             _require_replaceable(region, site, aliases)
             region.key_cache = find_cache_write(region.attention.key, site.output, aliases)
@@ -84,7 +86,7 @@ class _Site:
 # -- PyTorch's own call ----------------------------------------------------------------------------------------------
 
 
-def _read_sdpa(site: _Site, prover: MaskProver, aliases: Aliases) -> Attention:
+def _read_sdpa(site: _Site, prover: MaskProver, empty_rows: EmptyRowsOfSdpa) -> Attention:
     node = site.output
     site.nodes = [node]
     known = arguments(node)
@@ -111,13 +113,13 @@ def _read_sdpa(site: _Site, prover: MaskProver, aliases: Aliases) -> Attention:
         site.reads(mask, [], node)
         if known["is_causal"]:
             raise Declined("both a mask and is_causal")
-        form, mask_node = _prove(prover, mask, _scores_shape(site, query, key), node, "zero"), mask
+        form, mask_node = _prove(prover, mask, _scores_shape(site, query, key), node, empty_rows(node)), mask
     elif known["is_causal"]:
         form = MaskForm(upper=(Bound(0),))
     return Attention(query, key, value, scale, form, mask_node, stacked=site.stacked)
 
 
-def _prove(prover: MaskProver, mask: fx.Node, shape: tuple[Any, ...], at: fx.Node, empty: EmptyRow) -> MaskForm:
+def _prove(prover: MaskProver, mask: fx.Node, shape: tuple[Any, ...], at: fx.Node, empty: EmptyRows) -> MaskForm:
     """A mask argument: boolean (True = visible) or float (added)."""
     value = fake(mask)
     if value is None:
@@ -125,7 +127,7 @@ def _prove(prover: MaskProver, mask: fx.Node, shape: tuple[Any, ...], at: fx.Nod
     if needs_gradient(mask):
         raise Declined("needs gradient (of the mask)")
     if value.dtype == torch.bool:
-        return prover.keep(mask, shape, at, empty)
+        return prover.keep(mask, shape, at, empty.boolean)
     if value.dtype.is_floating_point:
         return prover.add(mask, shape, at, empty)
     raise Declined(f"the mask has dtype {value.dtype}")
@@ -220,7 +222,7 @@ def _forward_to_product(softmax: fx.Node, depth: int = 8) -> fx.Node | None:
     return None
 
 
-def _read_eager(site: _Site, prover: MaskProver, aliases: Aliases) -> Attention:
+def _read_eager(site: _Site, prover: MaskProver, empty_rows: EmptyRowsOfSdpa) -> Attention:
     assert site.softmax is not None
     _read_weights(site)
     value = _value_of(site.output, site.nodes)
@@ -414,7 +416,7 @@ def _mask_of(site: _Site, found: _Scores, prover: MaskProver, shape: tuple[Any, 
             raise Declined(f"the mask has dtype {value.dtype}")
         found.mask_node = found.mask
         site.reads(found.mask, [], found.at)
-        return prover.add(found.mask, shape, found.at, "nan")
+        return prover.add(found.mask, shape, found.at, EMPTY_ROWS_OF_SOFTMAX)
     if value.dtype != torch.bool:
         raise Declined(f"the mask has dtype {value.dtype}")
     empty: EmptyRow = "nan" if math.isinf(found.fill) else "mean"

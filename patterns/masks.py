@@ -22,7 +22,18 @@ import torch
 import torch.fx as fx
 
 from lz_compile.aliasing import Aliases, written_arguments
-from lz_compile.mask import Bound, Chunk, Documents, EmptyRow, Index, MaskForm, Read, readable_name
+from lz_compile.mask import (
+    EMPTY_ROWS_OF_SOFTMAX,
+    Bound,
+    Chunk,
+    Documents,
+    EmptyRow,
+    EmptyRows,
+    Index,
+    MaskForm,
+    Read,
+    readable_name,
+)
 from lz_compile.patterns.symbolic import (
     Atom,
     Axis,
@@ -83,15 +94,15 @@ class MaskProver:
         """The form of a boolean mask that is True where a key is hidden."""
         return self._prove("hide", mask, shape, at, empty_row)
 
-    def add(self, mask: fx.Node, shape: Shape, at: fx.Node, infinite_row: EmptyRow) -> MaskForm:
+    def add(self, mask: fx.Node, shape: Shape, at: fx.Node, empty_rows: EmptyRows = EMPTY_ROWS_OF_SOFTMAX) -> MaskForm:
         """The form of a float mask that is added to the scores.
 
-        It is proved when its entries are 0 or one value that hides a key: -inf (a row without visible keys then gives
-        ``infinite_row``) or the least finite number of its dtype (then the row gives the mean of all values).
+        It is proved when its entries are 0 or one value that hides a key: -inf, or the least finite number of its
+        dtype.  ``empty_rows`` says what a row without visible keys gives in each case.
         """
-        return self._prove("add", mask, shape, at, infinite_row)
+        return self._prove("add", mask, shape, at, empty_rows)
 
-    def _prove(self, kind: str, mask: fx.Node, shape: Shape, at: fx.Node, empty_row: EmptyRow) -> MaskForm:
+    def _prove(self, kind: str, mask: fx.Node, shape: Shape, at: fx.Node, empty_row: Any) -> MaskForm:
         sizes = tuple(map(str, shape))
         key = (kind, mask, self.aliases.version(mask, at), sizes, empty_row)
         if key not in self._proved:
@@ -105,9 +116,9 @@ class MaskProver:
         return self._proved[key]
 
 
-def _unproved(kind: str, mask: fx.Node, empty_row: EmptyRow, why: str) -> MaskForm:
+def _unproved(kind: str, mask: fx.Node, empty_row: Any, why: str) -> MaskForm:
     if kind == "add":
-        return MaskForm(bias=mask, empty_row="mean", unproved=why)
+        return MaskForm(bias=mask, empty_row=empty_row.bias, unproved=why)
     return MaskForm(dense=mask, dense_hides=kind == "hide", empty_row=empty_row, unproved=why)
 
 
@@ -132,11 +143,11 @@ def _prove_hide(e: Evaluator, mask: fx.Node, at: fx.Node, empty_row: EmptyRow) -
     return _prove_boolean(e, mask, at, empty_row, hides=True)
 
 
-def _prove_additive(e: Evaluator, mask: fx.Node, at: fx.Node, infinite_row: EmptyRow) -> MaskForm:
+def _prove_additive(e: Evaluator, mask: fx.Node, at: fx.Node, empty_rows: EmptyRows) -> MaskForm:
     dtype = mask.meta["val"].dtype
     value = e.entry(mask, at) if dtype in EXACT_UP_TO else None
     if value is None:
-        return _unproved("add", mask, infinite_row, f"{readable_name(mask)} is an additive mask of {dtype}")
+        return _unproved("add", mask, empty_rows, f"{readable_name(mask)} is an additive mask of {dtype}")
     leaves: dict[str, str] = {}
     shown = _shown(e.space, value, torch.finfo(dtype).min, leaves)
     form, why = FormBuilder(e, at).build(shown)
@@ -146,8 +157,10 @@ def _prove_additive(e: Evaluator, mask: fx.Node, at: fx.Node, infinite_row: Empt
         why = "it adds both -inf and the least finite number"
     if why:
         # What hides a key for good may still narrow the range of a kernel that adds the rest.
-        return MaskForm(**form, bias=mask, empty_row="mean", unproved=why)
-    return MaskForm(**form, empty_row=infinite_row if "infinite" in leaves else "mean" if "least" in leaves else "zero")
+        return MaskForm(**form, bias=mask, empty_row=empty_rows.bias, unproved=why)
+    if not leaves.keys() & {"infinite", "least"}:
+        return MaskForm(**form)
+    return MaskForm(**form, empty_row=empty_rows.infinite if "infinite" in leaves else empty_rows.finite)
 
 
 def _shown(space: Space, value: Expr, least: float, leaves: dict[str, str]) -> Boolean:

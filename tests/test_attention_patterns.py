@@ -342,9 +342,7 @@ def test_a_random_four_dimensional_mask_gives_eagers_answer(spelled: bool, dtype
         if dtype == torch.float32:
             mask = torch.where(mask, torch.randn(B, H, M, M, generator=generator), -math.inf)
         qkv = inputs(seed=seed)
-        torch.testing.assert_close(
-            compiled(*qkv, mask), attend(*qkv, mask), atol=2e-6, rtol=1e-5, equal_nan=True
-        )
+        torch.testing.assert_close(compiled(*qkv, mask), attend(*qkv, mask), atol=2e-6, rtol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("fill", [-math.inf, MIN], ids=["-inf", "min"])

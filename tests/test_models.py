@@ -133,9 +133,7 @@ def test_bert_is_recognised_and_right(attention: str, side: str, dtype: torch.dt
             return m(tokens(2, 24, seed), attention_mask=padding(2, 24, side)).last_hidden_state
 
     compiled, road = compile_road(cast_parameters(model, dtype))
-    assert_as_good_as_eager(
-        compiled, cast_parameters(model, dtype), BERT.build("sdpa"), call, valid_tokens(24, side)
-    )
+    assert_as_good_as_eager(compiled, cast_parameters(model, dtype), BERT.build("sdpa"), call, valid_tokens(24, side))
     assert len(road.regions) == BERT.sites * len(road.graphs) > 0
     assert "inductor" not in road.kernels
 

@@ -76,10 +76,11 @@ def test_a_process_that_never_imports_us_compiles_with_every_mode() -> None:
         import lz_compile
         kernels = [region.kernel for report in lz_compile.reports() for region in report.regions]
         modes = [graph.mode for report in lz_compile.reports() for graph in report.graphs]
-        print(kernels, modes)
+        assert set(kernels) == {"aten.sdpa"} and len(kernels) == len(modes)
+        assert set(modes) == {"default", *torch._inductor.list_mode_options()}
+        print("modes:", len(modes))
     """)
-    assert out.count("aten.sdpa") == 6
-    assert "max-autotune-no-cudagraphs" in out
+    assert "modes: " in out
 
 
 def test_generate_takes_the_backend_through_compile_config() -> None:
@@ -260,11 +261,12 @@ def test_a_graph_with_flex_attention_compiles_and_says_why_it_was_left_alone() -
 
     q = torch.randn(1, 2, 128, 16)
 
-    def f(q: torch.Tensor) -> torch.Tensor:
-        return flex_attention(q, q, q) + F.scaled_dot_product_attention(q, q, q)
+    def f(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return flex_attention(q, q, q), F.scaled_dot_product_attention(q, q, q)
 
     with torch.no_grad():
-        torch.testing.assert_close(torch.compile(f, backend="layerzero")(q), f(q), atol=1e-5, rtol=1e-4)
+        for got, expected in zip(torch.compile(f, backend="layerzero")(q), f(q)):
+            torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
     assert "flex_attention" in lz_compile.reports()[-1].graphs[0].reason
 
 

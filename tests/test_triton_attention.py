@@ -315,7 +315,7 @@ def test_random_bounds_give_the_answer_of_attend(data: st.DataObject) -> None:
     arguments |= {
         "bounds": bounds_of(2, keys, **columns),
         "chunk": data.draw(st.sampled_from([0, 0, 1, 7, 32])),
-        "empty_row": data.draw(st.integers(0, 2)),
+        "empty_row": data.draw(st.integers(0, 3)),
     }
     assert_is_attend(tiled, arguments)
     if queries <= 16:
@@ -392,7 +392,7 @@ class TestOnGpu:
             assert_is_attend(kernel, {**arguments, "bounds": bounds_of(2, 1000, upper=[600, 700])})
 
     @pytest.mark.parametrize("kernel", [triton_ops.split_kv, triton_ops.tiled])
-    @pytest.mark.parametrize("empty_row", [0, 1, 2])
+    @pytest.mark.parametrize("empty_row", [0, 1, 2, 3])
     def test_empty_rows_with_the_real_tiles(self, kernel: Kernel, empty_row: int) -> None:
         visible = random_mask(2, 8, 16, 1000)
         visible[0, 1] = False
