@@ -1,7 +1,8 @@
 """Settings of lz-compile, in the manner of PyTorch's own config modules.
 
-Set them for the process (``lz_compile.config.strict = True``), for a block (``with lz_compile.config.patch(strict=True)``)
-or for one compile (``torch.compile(model, backend="layerzero", options={"strict": True})``).
+Set them for the process (``lz_compile.config.strict = True``), for a block
+(``with lz_compile.config.patch(strict=True)``) or for one compile
+(``torch.compile(model, backend="layerzero", options={"strict": True})``).
 """
 
 import sys

@@ -16,9 +16,9 @@ _compiled: weakref.WeakKeyDictionary[Any, Callable[..., Any]] = weakref.WeakKeyD
 def explain(fn: Callable[..., Any] | torch.nn.Module, *args: Any, **kwargs: Any) -> Report:
     """Runs ``fn(*args, **kwargs)`` compiled with ``backend="layerzero"`` and reports on the graphs that ran.
 
-    ``fn`` may be compiled already (``torch.compile(..., backend="layerzero")`` or ``module.compile(...)``): then nothing
-    is compiled a second time.  An eager function or module is compiled on the first call and remembered.  The call
-    really runs: caches that the arguments hold move on by a step.
+    ``fn`` may be compiled already (``torch.compile(..., backend="layerzero")`` or ``module.compile(...)``): then
+    nothing is compiled a second time.  An eager function or module is compiled on the first call and remembered.  The
+    call really runs: caches that the arguments hold move on by a step.
 
     Raises:
         whatever ``fn`` raises.

@@ -82,8 +82,9 @@ class CacheWrite:
 class Region:
     """One site: the nodes that a kernel would replace, and their meaning.
 
-    ``output`` is the node whose value the kernel gives; ``nodes`` are those that no one else uses, in graph order.  ``module`` is the module path, such as
-    ``model.layers.0.self_attn``.  ``declined`` is set when the site was seen but may not be replaced, with the reason.
+    ``output`` is the node whose value the kernel gives; ``nodes`` are those that no one else uses, in graph order.
+    ``module`` is the module path, such as ``model.layers.0.self_attn``.  ``declined`` is set when the site was seen but
+    may not be replaced, with the reason.
     """
 
     kind: str
