@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lz_compile.lowering import aten, cpu, triton
+from lz_compile.lowering import aten, cpu, tables, triton
 from lz_compile.region import Kernel
 
 KERNELS: list[Kernel] = [
@@ -11,4 +11,5 @@ KERNELS: list[Kernel] = [
     cpu.RANGES,
     triton.TILED,
     aten.SDPA_MASKED,
+    tables.STORED,
 ]

@@ -20,6 +20,7 @@ from lz_compile.aliasing import Aliases
 from lz_compile.normalize import LeftAlone, module_path, normalize
 from lz_compile.options import split_options
 from lz_compile.plan import INDUCTOR, Plan, first_fit
+from lz_compile.region import Region
 from lz_compile.report import GraphReport, RegionReport, publish, watched
 from lz_compile.rewrite import rewrite
 
@@ -82,11 +83,16 @@ def _transform(normal: fx.GraphModule, report: GraphReport) -> int:
     from lz_compile.lowering.emit import Emitter
     from lz_compile.lowering.kernels import KERNELS
     from lz_compile.patterns.attention import find_attention
+    from lz_compile.patterns.rope_tables import find_rope_tables
 
     with report.step("match") as receipt:
         aliases = Aliases(normal.graph)
-        regions = find_attention(normal.graph, aliases, module_path) if "attention" in config.kinds else []
+        regions: list[Region] = []
+        if "attention" in config.kinds:
+            regions += find_attention(normal.graph, aliases, module_path)
         receipt.note = f"{len(regions)} attention sites"
+        if regions and "rope_table" in config.kinds:
+            regions += find_rope_tables(normal.graph, module_path)
     if not regions:
         report.reason = report.reason or "nothing to replace"
         return 0

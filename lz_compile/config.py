@@ -18,7 +18,7 @@ disable: list[str] = []
 prefer: list[str] = []
 
 # Region kinds to look for; an empty list leaves every graph to Inductor.
-kinds: list[str] = ["attention"]
+kinds: list[str] = ["attention", "rope_table"]
 
 if TYPE_CHECKING:
 

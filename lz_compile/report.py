@@ -63,7 +63,7 @@ class RegionReport:
             kind=region.kind,
             module=region.module,
             pattern=region.pattern,
-            shape=_shape_text(attention) if attention is not None else "",
+            shape=_shape_text(attention) if attention is not None else _tensor_text(region.output.meta["val"]),
             mask=str(attention.mask) if attention is not None else "",
             cache=cache,
             kernel=choice.kernel.name if choice.kernel else INDUCTOR,
@@ -81,6 +81,10 @@ def _shape_text(attention: Any) -> str:
         f"batch {q.shape[0]}, {q.shape[1]} heads over {k.shape[1]}, {q.shape[2]} queries, {k.shape[2]} keys, "
         f"head size {q.shape[3]}{value}, {dtype} on {q.device.type}"
     )
+
+
+def _tensor_text(value: torch.Tensor) -> str:
+    return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device.type}"
 
 
 @dataclass
@@ -136,8 +140,8 @@ class Report:
 
 
 def _graph_text(graph: GraphReport, index: int, count: int) -> str:
-    replaced = sum(region.kernel != INDUCTOR for region in graph.regions)
-    total = len(graph.regions)
+    sites = [region for region in graph.regions if region.kind == "attention"]
+    replaced, total = sum(region.kernel != INDUCTOR for region in sites), len(sites)
     name = f"graph {index + 1} of {count}" + (f" [{graph.compile_id}]" if graph.compile_id else "")
     lines = [f"{name}: {replaced} of {total} attention sites run a chosen kernel, mode {graph.mode}"]
     if graph.reason:

@@ -19,6 +19,9 @@ import torch.fx as fx
 
 from lz_compile.mask import readable_name
 
+# Where an element stands in a tensor: one index for each dimension.
+Position = tuple["Linear", ...]
+
 # A value that picks between more cases than this is left unproved: such masks are not worth the time.
 MAX_LEAVES = 16
 # Larger integers are kept as floats: they are fill values, not positions.
