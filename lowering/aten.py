@@ -35,6 +35,8 @@ def _supports_flags(region: Region) -> Verdict:
     assert a is not None
     if a.softcap:
         return "has no softcap"
+    if a.mask.is_causal and not a.scale > 0:
+        return "the CPU's causal SDPA scales the -inf of its mask, too: NaN without a positive scale"
     if a.mask.is_trivial or a.mask.is_causal:
         return None
     if not a.mask.proved:
@@ -58,6 +60,8 @@ def _supports_mask(region: Region) -> Verdict:
     mask = a.mask_node.meta["val"]
     if mask.dtype != torch.bool and mask.dtype != a.query.meta["val"].dtype:
         return f"the mask's dtype {mask.dtype} is not the query's"
+    if region.pattern != "sdpa" and mask.is_cuda:
+        return "on CUDA it gives zeros, not the softmax over the fill value, for a row without visible keys"
     return None
 
 

@@ -70,6 +70,8 @@ def attend_cpu(
     keys = key.shape[2]
     limits = bounds.tolist() if bounds is not None else [[1 << 30, -(1 << 30), 0, keys, 0, 0, 0, 0]] * batch
     out = attend_output(query, value)
+    if not out.numel():
+        return out
     everything = _Mask(limits, key_mask, query_documents, key_documents, mask, chunk)
     for job in _jobs(limits, batch, queries, keys, chunk):
         _run(query, key, value, out, everything, job, scale, empty_row)
@@ -179,22 +181,27 @@ def _run(
         row = hidden.limits[rows][0]
         queries = _trim(query, key, value, out, hidden, job, row, first, scale, empty_row)
         first, last = _key_range(row, queries, keys_total, hidden.chunk)
+        if first >= last:
+            _fill_empty(query, key, value, out, hidden, rows, queries, scale, empty_row)
+            return
         kind = _simple_kind(row, queries, first, last, hidden.chunk)
-        if kind is not None:
+        if kind is False or (kind and scale > 0):  # SDPA scales the -inf of its causal mask, too
             part = slice(first, last)
             result = _sdpa(query[rows, :, queries], key[rows, :, part], value[rows, :, part], None, kind, scale)
             out[rows, :, queries] = result
             return
     keys = slice(first, last)
     visible = hidden.visible(rows, queries, keys, query.device)
-    additive = hidden.mask is not None and hidden.mask.dtype != torch.bool
+    parts = (query[rows, :, queries], key[rows, :, keys], value[rows, :, keys])
     mask = visible
-    if additive:
+    if hidden.mask is not None and hidden.mask.dtype != torch.bool:
         bias = hidden.cut(rows, queries, keys)
         assert bias is not None
-        mask = torch.where(visible, bias.to(query.dtype), torch.tensor(float("-inf"), dtype=query.dtype))
-    result = _sdpa(query[rows, :, queries], key[rows, :, keys], value[rows, :, keys], mask, False, scale)
-    out[rows, :, queries] = result
+        # A bias of higher precision keeps it: 200.5 in bfloat16 is 200.
+        wide = torch.promote_types(bias.dtype, query.dtype)
+        parts = tuple(part.to(wide) for part in parts)  # type: ignore[assignment]
+        mask = torch.where(visible, bias.to(wide), torch.tensor(float("-inf"), dtype=wide))
+    out[rows, :, queries] = _sdpa(*parts, mask, False, scale)
     empty = ~visible.any(-1)
     if empty_row and bool(empty.any()):
         fallback = _empty_rows(query, key, value, hidden, rows, queries, scale, empty_row)

@@ -87,7 +87,13 @@ class Emitter:
         assert attention is not None
         if attention.mask.is_trivial:
             return MaskArguments()
-        key = ("mask", attention.mask, str(attention.batch), str(attention.queries), str(attention.keys))
+        versions = [
+            self.aliases.version(node, region.output)
+            for node in (attention.mask.dense, attention.mask.bias)
+            if node is not None
+        ]
+        sizes = (str(attention.batch), str(attention.queries), str(attention.keys))
+        key = ("mask", attention.mask, sizes, tuple(versions))
         return self.shared(key, lambda: _MaskEmission(self, region).build())
 
 
@@ -136,6 +142,7 @@ class _MaskEmission:
     def _column(self, value: int | fx.Node) -> fx.Node:
         """An int32 column [B] from a number, a 0-d or a [B] tensor."""
         if isinstance(value, int):
+            value = max(min(value, NO_UPPER), NO_LOWER)
             return self.call(aten.full.default, [self.batch], value, dtype=torch.int32, device=self.device)
         if not isinstance(value.meta["val"], torch.Tensor):
             return self.call(aten.full.default, [self.batch], value, dtype=torch.int32, device=self.device)
@@ -169,11 +176,14 @@ class _MaskEmission:
         return self.call(combine, self._column(a), self._column(b))
 
     def _snapshot(self, read: Read) -> fx.Node:
-        """The tensor of a read as it stood when it was read: itself, or a copy made before it was written."""
+        """The tensor of a read as it stood when it was read: itself, or a copy made before it was written.
+
+        Later layers share what is made of it, so a write after the anchor asks for a copy too.
+        """
         node = read.node
         if not isinstance(node.meta["val"], torch.Tensor):
             return node
-        if self.emitter.aliases.version(node, self.anchor) == read.version:
+        if not self.emitter.aliases.written_after(node, read.version):
             return node
         assert read.reader is not None, f"{node.name} is written before it is used and its reader is unknown"
         reader = read.reader
@@ -193,16 +203,27 @@ class _MaskEmission:
                 node = self.call(aten.select.int, node, dim, index.shift)
             elif index.axis != "b":
                 raise NotImplementedError(f"a bound that depends on {index.axis}")
-            elif index.shift:
-                node = self.call(aten.slice.Tensor, node, dim, index.shift)
+            else:
+                node = self._part(node, dim, index.shift, self.batch)
         if axes.count("b") > 1:
             raise NotImplementedError("a bound that reads the batch index twice")
-        return self.call(aten._to_copy.default, node, dtype=torch.int32)
+        if node.meta["val"].dtype != torch.int32:
+            if node.meta["val"].dtype == torch.int64:  # "no limit" is often the greatest number of the dtype
+                node = self.call(aten.clamp.default, node, NO_LOWER, NO_UPPER)
+            node = self.call(aten._to_copy.default, node, dtype=torch.int32)
+        return node
+
+    def _part(self, node: fx.Node, dim: int, start: int, size: Any) -> fx.Node:
+        """``size`` elements from ``start`` on."""
+        if not start and str(node.meta["val"].shape[dim]) == str(_value(size)):
+            return node
+        end = self.call(torch.sym_sum, [size, start]) if isinstance(size, fx.Node) else start + size
+        return self.call(aten.slice.Tensor, node, dim, start, end)
 
     # -- tensors
 
     def _rows(self, read: Read, axis: str, length: Any) -> fx.Node:
-        """A read indexed by ``b`` and one more axis as a [B, length] tensor."""
+        """A read indexed by ``b`` and one more axis, or by fewer, as a [B, length] tensor."""
         node = self._snapshot(read)
         kept: list[str] = []
         dim = 0
@@ -212,17 +233,16 @@ class _MaskEmission:
                 continue
             if index.axis not in ("b", axis):
                 raise NotImplementedError(f"a term indexed by {index.axis}")
-            start, size = index.shift, self.batch if index.axis == "b" else length
-            if start or str(node.meta["val"].shape[dim]) != str(_value(size)):
-                end = self.call(torch.sym_sum, [size, start]) if isinstance(size, fx.Node) else start + size
-                node = self.call(aten.slice.Tensor, node, dim, start, end)
+            node = self._part(node, dim, index.shift, self.batch if index.axis == "b" else length)
             kept.append(index.axis)
             dim += 1
         if kept == [axis, "b"]:
             node = self.call(aten.transpose.int, node, 0, 1)
         elif kept == [axis]:
             node = self.call(aten.unsqueeze.default, node, 0)
-        elif kept != ["b", axis]:
+        elif kept == ["b"]:
+            node = self.call(aten.unsqueeze.default, node, 1)
+        elif kept not in ([], ["b", axis]):
             raise NotImplementedError(f"a term indexed by {kept}")
         return self.call(aten.expand.default, node, [self.batch, length])
 

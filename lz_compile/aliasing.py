@@ -12,6 +12,9 @@ from collections import defaultdict
 import torch
 import torch.fx as fx
 
+# Changes what autograd knows, not the values.
+_WRITES_NOTHING = {torch.ops.aten.detach_.default}
+
 
 class Aliases:
     """Storages and writes of one graph, by position in its node list.
@@ -45,6 +48,10 @@ class Aliases:
         writes = self._writes.get(self._storage.get(node, -1), [])
         return bisect_left(writes, self._position[at])
 
+    def written_after(self, node: fx.Node, version: int) -> bool:
+        """True when the storage of ``node`` is written once ``version`` writes to it have run."""
+        return len(self._writes.get(self._storage.get(node, -1), [])) > version
+
     def is_written(self, node: fx.Node) -> bool:
         """True when the storage of ``node`` is written anywhere in the graph."""
         return bool(self._writes.get(self._storage.get(node, -1)))
@@ -64,7 +71,7 @@ def storage_key(value: torch.Tensor) -> int:
 def written_arguments(node: fx.Node) -> list[fx.Node]:
     """The argument nodes that an ATen call writes to, by its schema."""
     schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or schema is None or not schema.is_mutable:
+    if node.op != "call_function" or schema is None or not schema.is_mutable or node.target in _WRITES_NOTHING:
         return []
     written: list[fx.Node] = []
     for i, argument in enumerate(schema.arguments):

@@ -17,7 +17,7 @@ import torch.fx as fx
 
 from lz_compile import config
 from lz_compile.aliasing import Aliases
-from lz_compile.normalize import LeftAlone, module_path, normalize
+from lz_compile.normalize import LeftAlone, module_path, normalize, spell_out_constants
 from lz_compile.options import split_options
 from lz_compile.plan import INDUCTOR, Plan, first_fit
 from lz_compile.region import Region
@@ -76,6 +76,8 @@ def improve(module: fx.GraphModule, report: GraphReport) -> fx.GraphModule | Non
     replaced = 0
     with _left_to_inductor(report, "rewrite"):
         replaced = _transform(normal, report)
+        if replaced:
+            spell_out_constants(normal)
     return normal if replaced else None
 
 

@@ -195,6 +195,13 @@ class MaskForm:
 
 
 def readable_name(node: fx.Node) -> str:
-    """The user's name of a graph value where Dynamo knows one (``attention_mask``), else the node's name."""
-    name = node.meta.get("lz_name") or node.name
-    return str(name)
+    """The user's name of a graph value where Dynamo knows one (``attention_mask``, also behind casts and pads of it),
+    else the node's name."""
+    source = node
+    for _ in range(4):
+        if "lz_name" in source.meta:
+            return str(source.meta["lz_name"])
+        if source.op != "call_function" or len(source.all_input_nodes) != 1:
+            break
+        source = source.all_input_nodes[0]
+    return node.name

@@ -57,14 +57,48 @@ def _require_traceable(dynamo: fx.GraphModule, placeholders: list[fx.Node]) -> N
     for node in dynamo.graph.nodes:
         if node.op == "call_function" and node.target is torch.amp.autocast_mode._enter_autocast and node.args[2]:
             raise LeftAlone("autocast inside the graph: dtypes are decided after this step")
-        if node.op == "get_attr" and isinstance(getattr(dynamo, str(node.target), None), fx.GraphModule):
-            raise LeftAlone("the graph holds subgraphs")
+        if node.op == "get_attr":
+            value = getattr(dynamo, str(node.target), None)
+            if isinstance(value, fx.GraphModule):
+                raise LeftAlone("the graph holds subgraphs")
+            if isinstance(value, torch.Tensor):
+                raise LeftAlone(f"the graph holds the tensor {node.target} itself (is inline_inbuilt_nn_modules off?)")
     for node in placeholders:
         value = node.meta.get("example_value")
         if value is None:
             raise LeftAlone(f"input {node.name} has no example value")
         if is_traceable_wrapper_subclass(value):
             raise LeftAlone(f"input {node.name} is a {type(value).__name__} (tensor subclass)")
+
+
+def spell_out_constants(module: fx.GraphModule) -> None:
+    """Turns the constants that tracing made of ``torch.tensor(...)`` back into such calls, as Dynamo's graph had them.
+
+    Tracing keeps them as buffers.  AOTAutograd takes each buffer of a Dynamo graph for one that Dynamo knows the source
+    of, and its cache tells constants apart by shape only, not by value.
+    """
+    for node in list(module.graph.find_nodes(op="get_attr")):
+        value = getattr(module, str(node.target), None)
+        if not isinstance(value, torch.Tensor):
+            continue
+        for user in list(node.users):
+            if user.target is torch.ops.aten.lift_fresh_copy.default:
+                user.replace_all_uses_with(_literal(module.graph, user, value))
+                module.graph.erase_node(user)
+        if node.users:
+            node.replace_all_uses_with(_literal(module.graph, node, value))
+        module.graph.erase_node(node)
+    module.delete_all_unused_submodules()
+    for name, _ in list(module.named_buffers()):
+        delattr(module, name)
+    module.recompile()
+
+
+def _literal(graph: fx.Graph, at: fx.Node, value: torch.Tensor) -> fx.Node:
+    with graph.inserting_before(at):
+        node = graph.call_function(torch.tensor, (value.tolist(),), {"dtype": value.dtype, "device": value.device})
+    node.meta = dict(at.meta)
+    return node
 
 
 def _carry_dynamo_facts(dynamo: fx.GraphModule, aten: fx.GraphModule) -> None:

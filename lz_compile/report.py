@@ -233,7 +233,8 @@ def watched(compiled: Callable[..., Any], report: GraphReport) -> Callable[..., 
 def watch() -> Iterator[list[GraphReport]]:
     """Collects the reports of the graphs that run in this thread."""
     previous = getattr(_watchers, "seen", None)
-    _watchers.seen = seen = []
+    seen: list[GraphReport] = []
+    _watchers.seen = seen
     try:
         yield seen
     finally:

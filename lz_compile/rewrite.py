@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any, Protocol
 
+import torch
 import torch.fx as fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from lz_compile import config
 from lz_compile.aliasing import Aliases
@@ -18,19 +21,29 @@ from lz_compile.region import Region
 
 log = logging.getLogger("lz_compile")
 
-EmitterFactory = Callable[[fx.Graph, Aliases], "object"]
+aten = torch.ops.aten
+
+_COPIES_IN_ORDER = {aten.reshape.default, aten.contiguous.default, aten.flatten.using_ints}
+
+
+class Emitting(Protocol):
+    """What this module needs of :class:`lz_compile.lowering.emit.Emitter`."""
+
+    def call(self, anchor: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node: ...
+
+
+EmitterFactory = Callable[[fx.Graph, Aliases], Emitting]
 
 
 def rewrite(module: fx.GraphModule, aliases: Aliases, plan: Plan, make_emitter: EmitterFactory) -> int:
     """Replaces the planned regions; returns how many.  A region whose kernel fails to emit is left to Inductor."""
     emitter = make_emitter(module.graph, aliases)
-    replaced = 0
+    results: list[tuple[Region, fx.Node]] = []
     for choice in plan.choices:
         if choice.kernel is None:
             continue
         try:
-            _replace(emitter, choice)
-            replaced += 1
+            results.append((choice.region, _emit(emitter, choice)))
         except Exception as error:
             if config.strict:
                 raise
@@ -38,18 +51,61 @@ def rewrite(module: fx.GraphModule, aliases: Aliases, plan: Plan, make_emitter: 
             log.warning("%s: %s failed to emit, left to Inductor: %s", choice.region.module, name, error)
             choice.rejected[name] = f"failed: {error}"
             choice.kernel, choice.reason = None, f"{name} failed: {error}"
-    if replaced:
+    # Only now: a later region may read the output of an earlier one.
+    for region, result in results:
+        region.output.replace_all_uses_with(result)
+        _erase(region)
+    if results:
         module.graph.eliminate_dead_code()
         module.recompile()
-    return replaced
+    return len(results)
 
 
-def _replace(emitter: object, choice: Choice) -> None:
-    region = choice.region
+def _emit(emitter: Emitting, choice: Choice) -> fx.Node:
     assert choice.kernel is not None
-    result = choice.kernel.emit(emitter, region)
-    region.output.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)
-    _erase(region)
+    return _as_laid_out(emitter, choice.region.output, choice.kernel.emit(emitter, choice.region))
+
+
+def _as_laid_out(emitter: Emitting, output: fx.Node, result: fx.Node) -> fx.Node:
+    """``result`` in the memory layout of ``output`` where someone may notice: a view, an alias, the user."""
+    want, have = output.meta["val"], result.meta["val"]
+    if _same_layout(want, have) or _is_copied(output):
+        return result
+    if want.is_contiguous():
+        return emitter.call(output, aten.clone.default, result, memory_format=torch.contiguous_format)
+    if want.dim() == 4 and want.transpose(1, 2).is_contiguous():
+        swapped = emitter.call(output, aten.transpose.int, result, 1, 2)
+        swapped = emitter.call(output, aten.clone.default, swapped, memory_format=torch.contiguous_format)
+        return emitter.call(output, aten.transpose.int, swapped, 1, 2)
+    return result
+
+
+def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return all(
+        statically_known_true(size == 1) or statically_known_true(s == t)
+        for size, s, t in zip(a.shape, a.stride(), b.stride())
+    )
+
+
+def _is_copied(output: fx.Node) -> bool:
+    """The usual end of an attention: ``output.transpose(1, 2)`` and nothing but a copy of that in row-major order."""
+    users = list(output.users)
+    if len(users) != 1 or not _swaps_heads(users[0]):
+        return False
+    readers = list(users[0].users)
+    return len(readers) == 1 and (
+        readers[0].target in _COPIES_IN_ORDER
+        or (
+            readers[0].target is aten.clone.default
+            and readers[0].kwargs.get("memory_format") is torch.contiguous_format
+        )
+    )
+
+
+def _swaps_heads(node: fx.Node) -> bool:
+    if node.target is aten.transpose.int:
+        return {int(dim) % 4 for dim in node.args[1:3]} == {1, 2}  # type: ignore[arg-type]
+    return node.target is aten.permute.default and list(node.args[1]) == [0, 2, 1, 3]  # type: ignore[arg-type]
 
 
 def _erase(region: Region) -> None:

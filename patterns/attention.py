@@ -11,7 +11,7 @@ and a product with the values.  Nothing in between may be used by anyone else.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from lz_compile.patterns.cache import find_cache_write
 from lz_compile.patterns.empty_rows import EmptyRowsOfSdpa
 from lz_compile.patterns.heads import ungroup
 from lz_compile.patterns.masks import MaskProver
-from lz_compile.patterns.walk import CASTS, COPIES, arguments, aten, fake, same, same_shape, scalar, target
+from lz_compile.patterns.walk import CASTS, COPIES, FUNCTIONAL, arguments, aten, fake, same, same_shape, scalar, target
 from lz_compile.region import Attention, Region
 
 _SOFTMAX = {aten.softmax.int, aten._softmax.default, aten.special_softmax.default}
@@ -42,10 +42,10 @@ def find_attention(graph: fx.Graph, aliases: Aliases, module_of: Any) -> list[Re
     regions: list[Region] = []
     for node in list(graph.nodes):
         if target(node) is aten.scaled_dot_product_attention.default:
-            site = _Site("sdpa", node)
+            site = _Site("sdpa", node, aliases)
             read = _read_sdpa
         elif target(node) in _SOFTMAX:
-            outline = _outline_eager(node)
+            outline = _outline_eager(node, aliases)
             if outline is None:
                 continue
             site = outline
@@ -67,20 +67,26 @@ def find_attention(graph: fx.Graph, aliases: Aliases, module_of: Any) -> list[Re
 
 @dataclass
 class _Site:
-    """What is known of a site while it is read: its output, the nodes that belong to it alone, and for each outside
-    value the node that consumes it first."""
+    """What is known of a site while it is read: its output, the nodes that belong to it alone, for each outside value
+    the node that consumes it first, and the copies of outside values that the kernel will do without."""
 
     pattern: str
     output: fx.Node
+    aliases: Aliases
     softmax: fx.Node | None = None
     product: fx.Node | None = None
     nodes: list[fx.Node] = field(default_factory=list)
     readers: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    skipped: list[fx.Node] = field(default_factory=list)
     stacked: int | None = None
 
     def reads(self, value: fx.Node, through: list[fx.Node], consumer: fx.Node) -> None:
-        """Notes who consumed ``value`` first on its way into the site."""
+        """Notes who consumed ``value`` first on its way into the site; ``through`` are views and copies of it."""
         self.readers.setdefault(value, through[0] if through else consumer)
+        self.skipped += through
+
+    def number(self, value: Any) -> float | None:
+        return scalar(value, self.aliases)
 
 
 # -- PyTorch's own call ----------------------------------------------------------------------------------------------
@@ -101,11 +107,11 @@ def _read_sdpa(site: _Site, prover: MaskProver, empty_rows: EmptyRowsOfSdpa) -> 
     scale = known.get("scale")
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
-    scale = scalar(scale)
+    scale = site.number(scale)
     if scale is None:
         raise Declined("the scale is known only at run time")
     if not known.get("enable_gqa"):
-        key, value = _ungroup_both(site, key, value, node, node)
+        key, value = _ungroup_both(site, key, value)
         if not same(q.shape[-3], k.shape[-3]):
             raise Declined("heads of query and key differ")
     form, mask_node = MaskForm(), None
@@ -134,16 +140,17 @@ def _prove(prover: MaskProver, mask: fx.Node, shape: tuple[Any, ...], at: fx.Nod
 
 
 def _ungroup_both(
-    site: _Site, key: fx.Node, value: fx.Node, key_reader: fx.Node, value_reader: fx.Node
+    site: _Site, key: fx.Node, value: fx.Node, transposed: list[fx.Node] | None = None
 ) -> tuple[fx.Node, fx.Node]:
+    """The key and value before their heads were repeated; ``transposed`` leads from ``key`` to the product."""
     base_key, through_key = ungroup(key)
     base_value, through_value = ungroup(value)
     k, v = fake(base_key), fake(base_value)
     assert k is not None and v is not None
     if not same(k.shape[-3], v.shape[-3]):
         base_key, base_value, through_key, through_value = key, value, [], []
-    site.reads(base_key, through_key, key_reader)
-    site.reads(base_value, through_value, value_reader)
+    site.reads(base_key, [*through_key, *(transposed or [])], site.product or site.output)
+    site.reads(base_value, through_value, site.output)
     return base_key, base_value
 
 
@@ -161,13 +168,13 @@ def _scores_shape(site: _Site, query: fx.Node, key: fx.Node) -> tuple[Any, ...]:
 # -- attention spelled out -------------------------------------------------------------------------------------------
 
 
-def _outline_eager(softmax: fx.Node) -> _Site | None:
+def _outline_eager(softmax: fx.Node, aliases: Aliases) -> _Site | None:
     """A softmax between two products, or None when this softmax is not an attention's."""
     product = _back_to_product(softmax)
     output = _forward_to_product(softmax)
     if product is None or output is None:
         return None
-    return _Site("eager", output, softmax, product)
+    return _Site("eager", output, aliases, softmax, product)
 
 
 def _back_to_product(node: fx.Node, depth: int = 12) -> fx.Node | None:
@@ -244,7 +251,7 @@ def _read_eager(site: _Site, prover: MaskProver, empty_rows: EmptyRowsOfSdpa) ->
     if not (same(q.shape[0], k.shape[0]) and same(q.shape[0], v.shape[0])):
         raise Declined("the product broadcasts over the batch")
     assert site.product is not None
-    key, value = _ungroup_both(site, key, value, steps.key_reader or site.product, site.output)
+    key, value = _ungroup_both(site, key, value, steps.transposed)
     form = _mask_of(site, steps, prover, _scores_shape(site, query, key))
     return Attention(query, key, value, steps.scale, form, steps.mask_node, steps.softcap, site.stacked)
 
@@ -263,7 +270,9 @@ def _read_weights(site: _Site) -> None:
                 raise Declined("dropout is active")
         elif kind in _VIEW_LIKE:
             _require_stacking(site, node.args[0], node)  # type: ignore[arg-type]
-        elif kind not in CASTS | COPIES:
+        elif kind in CASTS | COPIES:
+            _require_floating(node)
+        else:
             raise Declined(f"after the softmax comes {node.target}")
         site.nodes.append(node)
         node = node.args[0]  # type: ignore[assignment]
@@ -295,7 +304,7 @@ class _Scores:
     fill: float = 0.0
     at: fx.Node | None = None
     mask_node: fx.Node | None = None
-    key_reader: fx.Node | None = None
+    transposed: list[fx.Node] = field(default_factory=list)
 
 
 def _read_scores(site: _Site, node: fx.Node) -> _Scores:
@@ -303,33 +312,47 @@ def _read_scores(site: _Site, node: fx.Node) -> _Scores:
     while target(node) not in _PRODUCTS:
         kind = target(node)
         site.nodes.append(node)
+        _require_own_memory(node)
         if kind in CASTS | COPIES:
+            _require_floating(node)
             node = node.args[0]  # type: ignore[assignment]
             continue
         if kind in _VIEW_LIKE:
             _require_stacking(site, node, node.args[0])  # type: ignore[arg-type]
             node = node.args[0]  # type: ignore[assignment]
         elif kind in (aten.add.Tensor, aten.sub.Tensor) or kind in _FILLS:
-            if site.stacked is None and _is_stacked(node) and fake(site.softmax).dim() == 4:  # type: ignore[union-attr]
+            if _is_stacked(node) and fake(site.softmax).dim() == 4:  # type: ignore[union-attr]
                 raise Declined("the mask is applied to stacked heads")
             if found.scaled or found.softcap:
                 raise Declined("the scores are scaled after the mask")
             if found.mask is not None:
                 raise Declined("more than one mask")
-            node = _read_mask_step(found, node, kind)
+            node = _read_mask_step(site, found, node, kind)
         elif kind in _SCALES:
             cap = _read_softcap(site, node, kind)
             if cap is not None and not found.scaled and not found.softcap:
                 found.softcap, node = cap
                 continue
-            found.scale *= _factor(node, kind)
+            found.scale *= _factor(site, node, kind)
             found.scaled = True
-            node = node.args[0] if target(node.args[0]) or scalar(node.args[0]) is None else node.args[1]  # type: ignore[assignment]
+            node = node.args[0] if site.number(node.args[0]) is None else node.args[1]  # type: ignore[assignment]
         else:
             raise Declined(f"before the softmax comes {node.target if isinstance(node, fx.Node) else node}")
     site.nodes.append(node)
     _read_product(site, found, node)
     return found
+
+
+def _require_floating(node: fx.Node) -> None:
+    value = fake(node)
+    if value is None or not value.dtype.is_floating_point:
+        raise Declined("scores or weights are rounded to integers")
+
+
+def _require_own_memory(node: fx.Node) -> None:
+    """An in-place step must write to the scores, not add the scores to a tensor of someone else's."""
+    if isinstance(node, fx.Node) and node.target in FUNCTIONAL and not _leads_to_product(node.args[0]):
+        raise Declined("the scores are written into another tensor")
 
 
 def _is_stacked(node: fx.Node) -> bool:
@@ -348,13 +371,16 @@ def _require_stacking(site: _Site, wide: fx.Node, stacked: fx.Node) -> None:
     site.stacked = four.shape[1]  # type: ignore[union-attr]
 
 
-def _factor(node: fx.Node, kind: Any) -> float:
-    other = scalar(node.args[1])
-    if other is None and kind in (aten.mul.Tensor,):
-        other = scalar(node.args[0])
+def _factor(site: _Site, node: fx.Node, kind: Any) -> float:
+    divides = kind in (aten.div.Tensor, aten.div.Scalar)
+    other = site.number(node.args[1])
+    if other is None and not divides:
+        other = site.number(node.args[0])
     if other is None:
         raise Declined("the scale is known only at run time")
-    return 1.0 / other if kind in (aten.div.Tensor, aten.div.Scalar) else other
+    if divides and not other:
+        raise Declined("the scores are divided by zero")
+    return 1.0 / other if divides else other
 
 
 def _read_softcap(site: _Site, node: fx.Node, kind: Any) -> tuple[float, fx.Node] | None:
@@ -363,16 +389,16 @@ def _read_softcap(site: _Site, node: fx.Node, kind: Any) -> tuple[float, fx.Node
     if kind not in (aten.mul.Tensor, aten.mul.Scalar) or target(inner) is not aten.tanh.default:
         return None
     divided = inner.args[0]  # type: ignore[union-attr]
-    cap = scalar(node.args[1])
+    cap = site.number(node.args[1])
     if cap is None or target(divided) not in _SCALES:
         return None
-    if not math.isclose(_factor(divided, target(divided)) * cap, 1.0, rel_tol=1e-6):
+    if not math.isclose(_factor(site, divided, target(divided)) * cap, 1.0, rel_tol=1e-6):
         return None
     site.nodes += [inner, divided]  # type: ignore[list-item]
     return cap, divided.args[0]  # type: ignore[union-attr]
 
 
-def _read_mask_step(found: _Scores, node: fx.Node, kind: Any) -> fx.Node:
+def _read_mask_step(site: _Site, found: _Scores, node: fx.Node, kind: Any) -> fx.Node:
     """One mask on the scores; returns the scores under it."""
     found.at = node
     if kind is aten.add.Tensor:
@@ -384,17 +410,17 @@ def _read_mask_step(found: _Scores, node: fx.Node, kind: Any) -> fx.Node:
         found.mask, found.how = right, "add"
         return left
     if kind in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-        fill = scalar(node.args[2])
+        fill = site.number(node.args[2])
         found.mask, found.how = node.args[1], "hide"  # type: ignore[assignment]
         inner = node.args[0]
     elif kind in _WHERE:
-        fill = scalar(node.args[2])
+        fill = site.number(node.args[2])
         found.mask, found.how = node.args[0], "keep"  # type: ignore[assignment]
         inner = node.args[1]
     else:
         raise Declined(f"before the softmax comes {node.target}")
     scores = fake(node)
-    if fill is None or scores is None or fill > torch.finfo(scores.dtype).min:
+    if fill is None or scores is None or not fill <= torch.finfo(scores.dtype).min:
         raise Declined("masked scores are filled with a number that the softmax may still see")
     found.fill = fill
     return inner  # type: ignore[return-value]
@@ -416,12 +442,24 @@ def _mask_of(site: _Site, found: _Scores, prover: MaskProver, shape: tuple[Any, 
             raise Declined(f"the mask has dtype {value.dtype}")
         found.mask_node = found.mask
         site.reads(found.mask, [], found.at)
-        return prover.add(found.mask, shape, found.at, EMPTY_ROWS_OF_SOFTMAX)
+        form = prover.add(found.mask, shape, found.at, EMPTY_ROWS_OF_SOFTMAX)
+        if fake(found.at).dtype == torch.float16 and not _always_sees_a_key(form):  # type: ignore[union-attr]
+            raise Declined("rows without visible keys depend on the rounding of float16")
+        return form
     if value.dtype != torch.bool:
         raise Declined(f"the mask has dtype {value.dtype}")
     empty: EmptyRow = "nan" if math.isinf(found.fill) else "mean"
     prove = prover.keep if found.how == "keep" else prover.hide
-    return prove(found.mask, shape, found.at, empty)
+    form = prove(found.mask, shape, found.at, empty)
+    if form.dense is not None:
+        site.reads(form.dense, [], found.at)
+    return form
+
+
+def _always_sees_a_key(form: MaskForm) -> bool:
+    """True when every query sees at least the first key."""
+    causal = all(bound.is_static and bound.const >= 0 for bound in form.upper)
+    return causal and replace(form, upper=(), empty_row="zero", unproved="") == MaskForm()
 
 
 def _read_product(site: _Site, found: _Scores, node: fx.Node) -> None:
@@ -438,26 +476,29 @@ def _read_product(site: _Site, found: _Scores, node: fx.Node) -> None:
         query, transposed = known["batch1"], known["batch2"]
         found.scale *= known["alpha"]
         if known["beta"]:
-            if known["beta"] != 1 or found.mask is not None or found.scaled:
+            if known["beta"] != 1 or found.mask is not None or found.scaled or found.softcap:
                 raise Declined("baddbmm adds to scores that are scaled or masked afterwards")
             if site.stacked:
                 raise Declined("the mask is applied to stacked heads")
             found.mask, found.how, found.at = known["self"], "add", node
-    key = _untransposed(transposed)
+    steps: list[fx.Node] = []
+    key = _untransposed(transposed, steps)
     if key is None:
         raise Declined("the keys are not transposed by a view of two dimensions")
-    found.query, found.key, found.key_reader = query, key, transposed  # type: ignore[assignment]
+    found.query, found.key, found.transposed = query, key, steps[::-1]  # type: ignore[assignment]
 
 
-def _untransposed(node: Any) -> fx.Node | None:
-    """``x`` behind ``x.transpose(-1, -2)``, ``x.permute(..., -1, -2)`` or ``x.mT``."""
+def _untransposed(node: Any, steps: list[fx.Node]) -> fx.Node | None:
+    """``x`` behind ``x.transpose(-1, -2)``, ``x.permute(..., -1, -2)`` or ``x.mT``; ``steps`` gets what lies between,
+    last to first."""
     value = fake(node)
     if value is None:
         return None
     rank = value.dim()
     kind = target(node)
+    steps.append(node)
     if kind in COPIES:
-        return _untransposed(node.args[0])
+        return _untransposed(node.args[0], steps)
     if kind is aten.transpose.int and {node.args[1] % rank, node.args[2] % rank} == {rank - 1, rank - 2}:
         return node.args[0]
     if kind is aten.permute.default:
@@ -497,7 +538,8 @@ def _require_replaceable(region: Region, site: _Site, aliases: Aliases) -> None:
         if node is not site.output and any(user not in inside for user in node.users):
             raise Declined("attention weights are used elsewhere")
     q, k, v = attention.fake()
-    if any(needs_gradient(x) for x in (attention.query, attention.key, attention.value)):
+    # The output tells of keys that were written into a cache through a view: the cache itself is not marked.
+    if any(needs_gradient(x) for x in (attention.query, attention.key, attention.value, site.output)):
         raise Declined("needs gradient")
     if not q.dtype.is_floating_point or not q.dtype == k.dtype == v.dtype:
         raise Declined("query, key and value differ in dtype")
@@ -509,7 +551,20 @@ def _require_replaceable(region: Region, site: _Site, aliases: Aliases) -> None:
         raise Declined("stacked heads of query and key differ")
     if not (same(k.shape[1], v.shape[1]) and same(k.shape[2], v.shape[2]) and same(q.shape[3], k.shape[3])):
         raise Declined("shapes of query, key and value do not fit")
+    if not (same(q.shape[0], k.shape[0]) and same(q.shape[0], v.shape[0])):
+        raise Declined("query, key and value broadcast over the batch")
+    out = fake(site.output)
+    expected = (
+        (*q.shape[:3], v.shape[3]) if site.stacked is None else (*attention.query.meta["val"].shape[:2], v.shape[3])
+    )
+    if out is None or not same_shape(out.shape, expected):
+        raise Declined("the mask broadcasts the scores")
+    if any(same(size, 0) for size in (*q.shape, *v.shape)):
+        raise Declined("there is nothing to compute")
     site.reads(attention.query, [], site.product or site.output)
     for node, reader in site.readers.items():
         if aliases.written_between(node, reader, site.output):
             raise Declined(f"{node.name} is written between its use and the result")
+    for node in site.skipped:
+        if aliases.written_between(node, node, site.output):
+            raise Declined(f"{node.name} is written before it is used")

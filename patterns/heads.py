@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch.fx as fx
 
-from lz_compile.patterns.walk import COPIES, arguments, aten, fake, same, strip, target
+from lz_compile.patterns.walk import COPIES, arguments, aten, fake, same, target
 
 _RESHAPES = {aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints}
 
 
 def ungroup(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
-    """The ``[B, Hkv, N, D]`` value behind a ``[B, Hkv * G, N, D]`` repetition, and the nodes in between.
+    """The ``[B, Hkv, N, D]`` value behind a ``[B, Hkv * G, N, D]`` repetition, and the nodes in between, first to last.
 
     Query head ``h`` must read key/value head ``h // G``.  Spellings: ``x[:, :, None].expand(...).reshape(...)``
     (``repeat_kv``), ``repeat_interleave(x, G, 1)``, and a broadcast of one head.  Returns ``(node, [])`` when there is
@@ -27,7 +27,11 @@ def _expand_reshape(node: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
     outer = fake(node)
     if target(node) not in _RESHAPES or outer is None or outer.dim() != 4:
         return None
-    inner = strip(node.args[0], COPIES)  # type: ignore[arg-type]
+    inner: fx.Node = node.args[0]  # type: ignore[assignment]
+    copies: list[fx.Node] = []
+    while target(inner) in COPIES:
+        copies.append(inner)
+        inner = inner.args[0]  # type: ignore[assignment]
     if target(inner) is not aten.expand.default:
         return None
     unsqueezed = inner.args[0]
@@ -44,7 +48,7 @@ def _expand_reshape(node: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
     merged = same(outer.shape[1], heads * wide.shape[2]) and same(outer.shape[2], keys) and same(outer.shape[3], size)
     if not (kept and merged and same(outer.shape[0], batch) and same(wide.shape[4], size)):
         return None
-    return base, [unsqueezed, inner, node]  # type: ignore[return-value, list-item]
+    return base, [unsqueezed, inner, *reversed(copies), node]  # type: ignore[return-value, list-item]
 
 
 def _repeat_interleave(node: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:

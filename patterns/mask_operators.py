@@ -237,6 +237,11 @@ def scalar_tensor(e: Evaluator, node: fx.Node, index: Position) -> Expr | None:
     return filled(e, node, node.args[0])
 
 
+def python_tensor(e: Evaluator, node: fx.Node, index: Position) -> Expr | None:
+    """``torch.tensor(0.0)``, which torch 2.11 keeps as a call of its own; of nested lists nothing is known."""
+    return filled(e, node, node.args[0]) if isinstance(node.args[0], (bool, int, float)) else None
+
+
 def take(e: Evaluator, node: fx.Node, index: Position) -> Expr | None:
     """``x[i, None, j]`` with integer index tensors that are known not to be negative."""
     source, indices = node.args[0], node.args[1]
@@ -441,6 +446,7 @@ OPERATIONS: dict[Any, Handler] = {
     aten.full_like.default: full,
     aten.new_full.default: new_full,
     aten.scalar_tensor.default: scalar_tensor,
+    torch.tensor: python_tensor,
     **dict.fromkeys((aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default), zeros),
     **dict.fromkeys((aten.ones.default, aten.new_ones.default, aten.ones_like.default), ones),
     aten.index.Tensor: take,

@@ -168,6 +168,7 @@ INDEX_MAPS: dict[Any, IndexMap] = {
             aten._to_copy.default,
             aten.type_as.default,
             aten.detach.default,
+            aten.detach_.default,
             aten.clone.default,
             aten.contiguous.default,
             aten.alias.default,

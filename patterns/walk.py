@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.fx as fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from lz_compile.aliasing import Aliases
 
 aten = torch.ops.aten
 
@@ -24,6 +27,8 @@ FUNCTIONAL = {
 }
 
 CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default}
+# What torch.tensor(number) becomes behind its constant.
+_CONSTANT_COPIES = {aten.lift_fresh_copy.default, aten.detach_.default}
 COPIES = {aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default}
 
 
@@ -63,20 +68,39 @@ def same_shape(a: Any, b: Any) -> bool:
     return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
 
 
-def scalar(value: Any) -> float | None:
-    """A Python number, or the number behind a 0-d constant in the graph; None when it is known only at run time."""
+def scalar(value: Any, aliases: Aliases) -> float | None:
+    """A Python number, or the number that a constant of the graph holds throughout, in the constant's dtype.
+
+    None when it is known only at run time, or when the constant is written anywhere.
+    """
     if isinstance(value, (bool, int, float)):
         return float(value)
-    if isinstance(value, fx.Node):
-        if target(value) in CASTS | COPIES:
-            return scalar(value.args[0])
-        if target(value) in (aten.full.default, aten.scalar_tensor.default):
-            known = arguments(value)
-            return scalar(known.get("fill_value", known.get("s")))
+    if not isinstance(value, fx.Node) or aliases.is_written(value):
+        return None
+    number: float | None = None
+    if target(value) in CASTS | COPIES | _CONSTANT_COPIES:
+        number = scalar(value.args[0], aliases)
+    elif target(value) in (aten.full.default, aten.scalar_tensor.default):
+        known = arguments(value)
+        number = scalar(known.get("fill_value", known.get("s")), aliases)
+    elif value.target is torch.tensor:  # kept as a call of its own by torch 2.11
+        number = scalar(value.args[0], aliases) if isinstance(value.args[0], (bool, int, float)) else None
+    else:
         constant = constant_tensor(value)
         if constant is not None and constant.numel() == 1:
-            return float(constant.item())
-    return None
+            number = float(constant.item())
+    tensor = fake(value)
+    if number is None or tensor is None or tensor.is_complex():
+        return number
+    return _rounded(number, tensor.dtype)
+
+
+def _rounded(number: float, dtype: torch.dtype) -> float | None:
+    """The number as a tensor of ``dtype`` holds it, None when it does not fit."""
+    try:
+        return float(torch.tensor(number, dtype=torch.float64).to(dtype)) if math.isfinite(number) else number
+    except (RuntimeError, OverflowError):
+        return None
 
 
 def constant_tensor(node: fx.Node) -> torch.Tensor | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import StaticCache
+from transformers import EncoderDecoderCache, StaticCache
 
 from road import cast_parameters, compile_road, median_error
 from tiny import BERT, DECODERS, VIT, WHISPER, Architecture, padding, tokens
@@ -170,3 +170,29 @@ def test_whisper_is_recognised_and_right(attention: str, dtype: torch.dtype) -> 
     assert_as_good_as_eager(compiled, cast_parameters(model, dtype), model, call)
     assert len(road.regions) == WHISPER.sites * len(road.graphs) > 0
     assert "inductor" not in road.kernels
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_whisper_greedy_tokens_equal_eagers_over_64_steps_with_static_caches(attention: str) -> None:
+    model = WHISPER.build(attention)
+    compiled, road = compile_road(WHISPER.build(attention), dynamic=None)
+    assert torch.equal(greedy_speech(compiled, model), greedy_speech(model, model))
+    prefill, step = road.graphs
+    assert [region.kernel for region in step.regions] == ["cpu.ranges", "aten.sdpa"] * 2
+    assert len(prefill.regions) == 4 and "inductor" not in road.kernels
+
+
+def greedy_speech(model: Any, whisper: Any) -> torch.Tensor:
+    """64 greedy tokens of Whisper's decoder after one pass of its encoder."""
+    features = torch.randn(2, 8, 80, generator=torch.Generator().manual_seed(0))
+    own, cross = (StaticCache(config=whisper.config, max_cache_len=length) for length in (80, 40))
+    cache = EncoderDecoderCache(own, cross)
+    ids = tokens(2, 4, 0)
+    found = []
+    with torch.no_grad():
+        encoded = whisper.model.encoder(features)
+        for _ in range(64):
+            logits = model(encoder_outputs=encoded, decoder_input_ids=ids, past_key_values=cache).logits
+            ids = logits[:, -1:].argmax(-1)
+            found.append(ids)
+    return torch.cat(found, 1)
