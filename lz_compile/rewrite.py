@@ -53,7 +53,9 @@ def rewrite(module: fx.GraphModule, aliases: Aliases, plan: Plan, make_emitter: 
             choice.kernel, choice.reason = None, f"{name} failed: {error}"
     # Only now: a later region may read the output of an earlier one.
     for region, result in results:
-        region.output.replace_all_uses_with(result)
+        # A kernel may read the output itself (a stored table does).
+        for user in [user for user in region.output.users if user is not result]:
+            user.replace_input_with(region.output, result)
         _erase(region)
     if results:
         module.graph.eliminate_dead_code()

@@ -108,8 +108,9 @@ def constant_tensor(node: fx.Node) -> torch.Tensor | None:
     if node.op != "get_attr" or node.graph.owning_module is None:
         return None
     value = getattr(node.graph.owning_module, str(node.target), None)
-    is_plain = isinstance(value, torch.Tensor) and not isinstance(value, torch._subclasses.FakeTensor)
-    return value if is_plain and value.numel() <= 1 else None
+    if not isinstance(value, torch.Tensor) or isinstance(value, torch._subclasses.FakeTensor):
+        return None
+    return value if value.numel() <= 1 else None
 
 
 def strip(node: fx.Node, targets: set[Any]) -> fx.Node:
