@@ -27,11 +27,14 @@ export TRANSFORMERS_VERBOSITY ?= error
 export TOKENIZERS_PARALLELISM ?= false
 
 ifeq ($(VENV),none)
-RUN   := PYTHONPATH=$(TREE):. $(PYTHON)
+# Without the safe path `python -m` would find ./lz_compile, which lacks the folders beside it.
+RUN   := PYTHONSAFEPATH=1 PYTHONPATH=$(TREE):. $(PYTHON)
 READY := stage
+SPLIT :=
 else
 RUN   := $(VENV)/bin/python
 READY := $(VENV)/.ready
+SPLIT := -n 2
 endif
 
 .PHONY: demo test test-slow lint types bench bench-gpu clean stage
@@ -40,7 +43,7 @@ demo: $(READY)
 	$(RUN) examples/generate_llama.py $(ARGS)
 
 test: $(READY)
-	$(RUN) -m pytest -q -m "not gpu and not slow" $(ARGS)
+	$(RUN) -m pytest -q $(SPLIT) -m "not gpu and not slow" $(ARGS)
 
 test-slow: $(READY)
 	$(RUN) -m pytest -q -m "gpu or slow" $(ARGS)
