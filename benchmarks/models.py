@@ -63,7 +63,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 from transformers.masking_utils import create_masks_for_generate
 
 CPU_BACKENDS = ("eager", "inductor", "layerzero")
-PREFILL_BACKENDS = ("eager", "inductor", "inductor:reduce-overhead", "layerzero")
+PREFILL_BACKENDS = (
+    "eager",
+    "inductor",
+    "inductor:reduce-overhead",
+    "layerzero",
+    "layerzero:reduce-overhead",
+)
 DECODE_BACKENDS = ("eager", "inductor", "inductor:reduce-overhead", "layerzero", "layerzero:reduce-overhead")
 
 console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)

@@ -338,24 +338,7 @@ def _narrows(region: Region) -> bool:
 
 
 def _emit(emitter: Emitter, region: Region) -> fx.Node:
-    a = region.attention
-    assert a is not None
-    m = emitter.mask_arguments(region)
-    out = emitter.call(
-        region.output,
-        torch.ops.lz_compile.attend_cpu.default,
-        *emitter.inputs(region),
-        m.bounds,
-        m.key_mask,
-        m.query_documents,
-        m.key_documents,
-        m.mask,
-        float(a.scale),
-        0.0,
-        m.chunk,
-        m.empty_row,
-    )
-    return emitter.result(region, out)
+    return emitter.attend(region, torch.ops.lz_compile.attend_cpu.default)
 
 
 RANGES = Kernel(

@@ -81,6 +81,15 @@ class Emitter:
         assert a is not None
         return node if a.stacked is None else self.call(region.output, aten.flatten.using_ints, node, 0, 1)
 
+    def attend(self, region: Region, op: Any) -> fx.Node:
+        """A call of ``op``, which takes the arguments of :func:`lz_compile.lowering.semantic.attend`, for a region."""
+        a = region.attention
+        assert a is not None
+        m = self.mask_arguments(region)
+        tensors = (m.bounds, m.key_mask, m.query_documents, m.key_documents, m.mask)
+        numbers = (float(a.scale), float(a.softcap), m.chunk, m.empty_row)
+        return self.result(region, self.call(region.output, op, *self.inputs(region), *tensors, *numbers))
+
     def mask_arguments(self, region: Region) -> MaskArguments:
         """The mask of an attention region as kernel arguments."""
         attention = region.attention

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.fx as fx
 
@@ -77,32 +75,12 @@ def _supports_tiled(region: Region) -> Verdict:
     return None
 
 
-def _arguments(emitter: Emitter, region: Region) -> tuple[Any, ...]:
-    a = region.attention
-    assert a is not None
-    m = emitter.mask_arguments(region)
-    return (
-        *emitter.inputs(region),
-        m.bounds,
-        m.key_mask,
-        m.query_documents,
-        m.key_documents,
-        m.mask,
-        float(a.scale),
-        float(a.softcap),
-        m.chunk,
-        m.empty_row,
-    )
-
-
 def _emit_split_kv(emitter: Emitter, region: Region) -> fx.Node:
-    out = emitter.call(region.output, torch.ops.lz_compile.split_kv_v1.default, *_arguments(emitter, region))
-    return emitter.result(region, out)
+    return emitter.attend(region, torch.ops.lz_compile.split_kv_v1.default)
 
 
 def _emit_tiled(emitter: Emitter, region: Region) -> fx.Node:
-    out = emitter.call(region.output, torch.ops.lz_compile.tiled_v1.default, *_arguments(emitter, region))
-    return emitter.result(region, out)
+    return emitter.attend(region, torch.ops.lz_compile.tiled_v1.default)
 
 
 SPLIT_KV = Kernel(

@@ -100,6 +100,8 @@ def _transform(normal: fx.GraphModule, report: GraphReport) -> int:
         return 0
     with report.step("plan") as receipt:
         plan = first_fit(regions, KERNELS)
+        # A table that no kernel stores is what Inductor does anyway: nothing to report.
+        plan.choices = [c for c in plan.choices if c.kernel is not None or c.region.kind == "attention"]
         receipt.note = plan.planner
     described = [RegionReport.describe(choice) for choice in plan.choices]
     with report.step("rewrite") as receipt:
