@@ -57,6 +57,8 @@ def _require_traceable(dynamo: fx.GraphModule, placeholders: list[fx.Node]) -> N
     for node in dynamo.graph.nodes:
         if node.op == "call_function" and node.target is torch.amp.autocast_mode._enter_autocast and node.args[2]:
             raise LeftAlone("autocast inside the graph: dtypes are decided after this step")
+        if node.op == "call_module":
+            raise LeftAlone("the graph calls modules that hold their own parameters")
         if node.op == "get_attr":
             value = getattr(dynamo, str(node.target), None)
             if isinstance(value, fx.GraphModule):

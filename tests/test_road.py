@@ -259,13 +259,13 @@ def test_autocast_outside_and_inside_agrees_with_eager_and_is_left_alone() -> No
 def test_a_graph_with_flex_attention_compiles_and_says_why_it_was_left_alone() -> None:
     from torch.nn.attention.flex_attention import flex_attention
 
-    q = torch.randn(1, 2, 128, 16)
+    q, k, v = (torch.randn(1, 2, 128, 16) for _ in range(3))
 
-    def f(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return flex_attention(q, q, q), F.scaled_dot_product_attention(q, q, q)
+    def f(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return flex_attention(q, k, v), F.scaled_dot_product_attention(q, k, v)
 
     with torch.no_grad():
-        for got, expected in zip(torch.compile(f, backend="layerzero")(q), f(q)):
+        for got, expected in zip(torch.compile(f, backend="layerzero")(q, k, v), f(q, k, v)):
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
     assert "flex_attention" in lz_compile.reports()[-1].graphs[0].reason
 
