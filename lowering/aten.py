@@ -21,13 +21,41 @@ def _grouped(attention: Attention) -> bool:
     return attention.query_heads != attention.kv_heads
 
 
+def takes_groups(device: torch.device, dtype: torch.dtype, masked: bool) -> bool:
+    """Whether a fused backend of SDPA reads grouped heads itself.
+
+    On CUDA flash does without a mask and, on Hopper, cuDNN with one, both in half precision; the memory-efficient
+    backend does not, and for ``enable_gqa`` PyTorch would fall back to the unfused math.
+    """
+    if device.type != "cuda":
+        return True
+    if dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return not masked or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def _call(emitter: Emitter, region: Region, mask: fx.Node | None, is_causal: bool) -> fx.Node:
     a = region.attention
     assert a is not None
-    extra = {"enable_gqa": True} if _grouped(a) else {}
-    return emitter.call(
-        region.output, _SDPA, *emitter.inputs(region), mask, 0.0, is_causal, scale=float(a.scale), **extra
-    )
+    query, key, value = emitter.inputs(region)
+    tensor = query.meta["val"]
+    extra = {}
+    if _grouped(a):
+        if takes_groups(tensor.device, tensor.dtype, mask is not None):
+            extra["enable_gqa"] = True
+        else:
+            key, value = (_repeated(emitter, region, node) for node in (key, value))
+    return emitter.call(region.output, _SDPA, query, key, value, mask, 0.0, is_causal, scale=float(a.scale), **extra)
+
+
+def _repeated(emitter: Emitter, region: Region, node: fx.Node) -> fx.Node:
+    """Keys or values with each head repeated for the query heads of its group."""
+    a = region.attention
+    assert a is not None
+    group = a.query_heads // a.kv_heads
+    wide = emitter.call(region.output, aten.unsqueeze.default, node, 2)
+    wide = emitter.call(region.output, aten.expand.default, wide, [-1, -1, group, -1, -1])
+    return emitter.call(region.output, aten.flatten.using_ints, wide, 1, 2)
 
 
 def _supports_flags(region: Region) -> Verdict:

@@ -437,6 +437,8 @@ def _mask_of(site: _Site, found: _Scores, prover: MaskProver, shape: tuple[Any, 
         raise Declined("needs gradient (of the mask)")
     if value.dim() > 4:
         raise Declined("the mask has more than four dimensions")
+    if _range_of(site.softmax) < _range_of(found.at):
+        raise Declined("the softmax runs in a dtype that turns the mask's finite numbers into -inf")
     if found.how == "add":
         if not value.dtype.is_floating_point:
             raise Declined(f"the mask has dtype {value.dtype}")
@@ -454,6 +456,13 @@ def _mask_of(site: _Site, found: _Scores, prover: MaskProver, shape: tuple[Any, 
     if form.dense is not None:
         site.reads(form.dense, [], found.at)
     return form
+
+
+def _range_of(node: fx.Node | None) -> float:
+    """The largest finite number of a node's dtype."""
+    value = fake(node)
+    assert value is not None
+    return torch.finfo(value.dtype).max
 
 
 def _always_sees_a_key(form: MaskForm) -> bool:

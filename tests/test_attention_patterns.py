@@ -214,6 +214,27 @@ def test_grouped_heads_are_read_once(fn: Function) -> None:
     assert torch.ops.aten.expand.default not in road.targets()
 
 
+def test_heads_are_repeated_where_no_fused_backend_takes_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lz_compile.lowering import aten
+
+    monkeypatch.setattr(aten, "takes_groups", lambda device, dtype, masked: False)
+    compiled, road = compile_road(grouped_by_repeat_kv_spelled_out)
+    qkv = inputs(KV)
+    torch.testing.assert_close(compiled(*qkv), grouped_by_repeat_kv_spelled_out(*qkv), atol=2e-6, rtol=1e-5)
+    (call,) = [n for m in road.modules for n in m.graph.nodes if "scaled_dot_product" in str(n.target)]
+    assert "enable_gqa" not in call.kwargs
+    assert call.args[1].meta["val"].shape[1] == H
+
+
+def test_grouped_heads_stay_grouped_only_where_a_fused_backend_takes_them() -> None:
+    from lz_compile.lowering.aten import takes_groups
+
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert takes_groups(cpu, torch.float32, masked=True)
+    assert not takes_groups(cuda, torch.float32, masked=False)
+    assert takes_groups(cuda, torch.bfloat16, masked=False)
+
+
 @pytest.mark.parametrize("spelled", [False, True], ids=["sdpa", "eager"])
 def test_one_head_that_is_broadcast_is_multi_query_attention(spelled: bool) -> None:
     def multi_query(q, k, v):
@@ -293,6 +314,14 @@ def test_active_dropout_is_declined() -> None:
 def test_a_fill_value_that_the_softmax_still_sees_is_declined() -> None:
     road = near_miss(lambda q, k, v: torch.softmax((q @ k.transpose(-1, -2)).masked_fill(~tril(), -5.0), -1) @ v)
     assert road.kernels == ["inductor"]
+
+
+def test_a_softmax_narrower_than_its_mask_is_declined() -> None:
+    def narrow(q, k, v):
+        mask = torch.full((M, M), torch.finfo(torch.float64).min, dtype=torch.float64).triu(1)
+        return torch.softmax(q @ k.transpose(-1, -2) + mask, -1, dtype=torch.float32).double() @ v
+
+    assert near_miss(narrow, inputs(dtype=torch.float64)).kernels == ["inductor"]
 
 
 def test_a_softmax_that_routes_tokens_is_no_attention() -> None:
