@@ -1,4 +1,4 @@
-"""Triton kernels of ``attend`` (see ``lowering.semantic`` for what the arguments mean) and of its key range.
+"""Triton kernels of ``attend`` (see ``lowering.semantic`` for what the arguments mean).
 
 Enter: pointers, strides and sizes that ``lowering.triton_ops`` prepares; the last dimension of query, key, value and
 results has stride 1.  Leave: results in memory that the caller has allocated.
@@ -854,33 +854,3 @@ def tiled_kernel(
         result.to(out.dtype.element_ty),
         mask=alive[:, None] & (column_v < DV)[None, :],
     )
-
-
-@triton.jit
-def key_range_kernel(mask, out, stride_b, stride_n, keys, BLOCK_N: tl.constexpr, IS_BOOLEAN: tl.constexpr):
-    """First visible key, last visible key + 1, and whether a hidden key lies between them.  Grid: (B,).
-
-    A row without visible keys gives (0, 0, 0), which is an empty range.
-    """
-    batch = tl.program_id(0)
-    row = mask + batch.to(tl.int64) * stride_b
-    first = tl.full([BLOCK_N], 1 << 30, tl.int32)
-    stop = tl.zeros([BLOCK_N], tl.int32)
-    count = tl.zeros([BLOCK_N], tl.int32)
-    for start in tl.range(0, keys, BLOCK_N):
-        index = start + tl.arange(0, BLOCK_N)
-        inside = index < keys
-        pointers = row + tl.cast(index, tl.int64) * stride_n
-        if IS_BOOLEAN:
-            visible = tl.load(pointers, mask=inside, other=False)
-        else:
-            shown = tl.load(pointers, mask=inside, other=float("-inf")).to(tl.float32)
-            visible = shown > lowest(mask.dtype.element_ty)
-        first = tl.minimum(first, tl.where(visible, index, 1 << 30))
-        stop = tl.maximum(stop, tl.where(visible, index + 1, 0))
-        count += visible.to(tl.int32)
-    last = tl.max(stop, 0)
-    begin = tl.minimum(tl.min(first, 0), last)
-    tl.store(out + batch * 3, begin)
-    tl.store(out + batch * 3 + 1, last)
-    tl.store(out + batch * 3 + 2, (tl.sum(count, 0) < last - begin).to(tl.int32))

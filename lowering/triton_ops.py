@@ -1,9 +1,8 @@
 """The Triton kernels as functions and as ``torch.library.triton_op`` ops, with the calling convention of ``attend``.
 
-``split_kv``, ``tiled`` and ``key_range`` launch at once; ``split_kv_v1``, ``tiled_v1`` and ``key_range_v1`` are ops
-that make_fx, AOTAutograd and Inductor trace through, so that a compiled graph launches the kernels itself.  Both ways
-share the ``_run_*`` functions, which read sizes, strides and dtypes only: grids never depend on values, as CUDA graphs
-need.
+``split_kv`` and ``tiled`` launch at once; ``split_kv_v1`` and ``tiled_v1`` are ops that make_fx, AOTAutograd and
+Inductor trace through, so that a compiled graph launches the kernels itself.  Both ways share the ``_run_*`` functions,
+which read sizes, strides and dtypes only: grids never depend on values, as CUDA graphs need.
 Forward only.  Importing this module works without Triton; ``available`` says what is missing.
 """
 
@@ -16,7 +15,7 @@ from .semantic import attend_output
 
 try:
     # By name: torch finds the kernels of a triton_op in this module's names and puts their sources in its cache keys.
-    from .triton_kernels import combine_kernel, key_range_kernel, split_kernel, tiled_kernel
+    from .triton_kernels import combine_kernel, split_kernel, tiled_kernel
 except ImportError as error:
     _missing: str | None = f"triton cannot be imported: {error}"
 else:
@@ -25,7 +24,6 @@ else:
 LOG2E = 1.4426950408889634
 MAX_HEAD_SIZE = 256
 MAX_SPLITS = 64
-KEY_RANGE_BLOCK = 4096
 
 Launcher = Any
 
@@ -154,15 +152,6 @@ def tiled(
     )
 
 
-def key_range(mask: torch.Tensor) -> torch.Tensor:
-    """First visible key, last visible key + 1, and whether a hidden key lies between: int32 [B, 3].
-
-    ``mask`` is [B, N] with any strides: bool, or float with a key hidden where it holds its dtype's most negative
-    finite number or -inf.  A row without visible keys gives (0, 0, 0).
-    """
-    return _run_key_range(key_range_kernel, mask)
-
-
 @triton_op("lz_compile::split_kv_v1", mutates_args={})
 def split_kv_v1(
     query: torch.Tensor,
@@ -216,12 +205,6 @@ def tiled_v1(
         chunk,
         empty_row,
     )
-
-
-@triton_op("lz_compile::key_range_v1", mutates_args={})
-def key_range_v1(mask: torch.Tensor) -> torch.Tensor:
-    """:func:`key_range` as an op."""
-    return _run_key_range(wrap_triton(key_range_kernel), mask)
 
 
 def _run_split_kv(
@@ -373,22 +356,6 @@ def _run_tiled(
         PRECISION=_dot_precision(query.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-    )
-    return out
-
-
-def _run_key_range(launcher: Launcher, mask: torch.Tensor) -> torch.Tensor:
-    batch, keys = mask.shape
-    out = mask.new_empty((batch, 3), dtype=torch.int32)
-    launcher[(batch,)](
-        mask=mask,
-        out=out,
-        stride_b=mask.stride(0),
-        stride_n=mask.stride(1),
-        keys=keys,
-        BLOCK_N=KEY_RANGE_BLOCK,
-        IS_BOOLEAN=mask.dtype == torch.bool,
-        num_warps=8,
     )
     return out
 

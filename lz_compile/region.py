@@ -120,4 +120,3 @@ class Kernel:
     backward: bool = False
     cuda_graphs: str = ""
     summary: str = ""
-    notes: dict[str, str] = field(default_factory=dict)

@@ -99,9 +99,7 @@ def _read_sdpa(site: _Site, prover: MaskProver, empty_rows: EmptyRowsOfSdpa) -> 
     query, key, value, mask = known["query"], known["key"], known["value"], known["attn_mask"]
     if known["dropout_p"]:
         raise Declined("dropout is active")
-    q, k, v = fake(query), fake(key), fake(value)
-    if q is None or k is None or v is None or not q.dim() == k.dim() == v.dim() or q.dim() not in (3, 4):
-        raise Declined("query, key and value are not all 4-d")
+    q, k, v = _tensors(query, key, value)
     if q.dim() == 3:
         site.stacked = 0
     scale = known.get("scale")
@@ -123,6 +121,14 @@ def _read_sdpa(site: _Site, prover: MaskProver, empty_rows: EmptyRowsOfSdpa) -> 
     elif known["is_causal"]:
         form = MaskForm(upper=(Bound(0),))
     return Attention(query, key, value, scale, form, mask_node, stacked=site.stacked)
+
+
+def _tensors(query: fx.Node, key: fx.Node, value: fx.Node) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The fake query, key and value: all 4-d, or all 3-d with heads and batch in one dimension."""
+    q, k, v = fake(query), fake(key), fake(value)
+    if q is None or k is None or v is None or not q.dim() == k.dim() == v.dim() or q.dim() not in (3, 4):
+        raise Declined("query, key and value are not all 4-d")
+    return q, k, v
 
 
 def _prove(prover: MaskProver, mask: fx.Node, shape: tuple[Any, ...], at: fx.Node, empty: EmptyRows) -> MaskForm:
@@ -241,9 +247,7 @@ def _read_eager(site: _Site, prover: MaskProver, empty_rows: EmptyRowsOfSdpa) ->
     site.nodes.append(site.softmax)
     steps = _read_scores(site, softmax["self"])
     query, key = steps.query, steps.key
-    q, k, v = fake(query), fake(key), fake(value)
-    if q is None or k is None or v is None or not q.dim() == k.dim() == v.dim() or q.dim() not in (3, 4):
-        raise Declined("query, key and value are not all 4-d")
+    q, k, v = _tensors(query, key, value)
     if q.dim() == 3 and site.stacked is None:
         site.stacked = 0
     if not (q.dtype == k.dtype == v.dtype) or fake(site.output).dtype != q.dtype:  # type: ignore[union-attr]

@@ -1,6 +1,7 @@
 """What PyTorch's SDPA gives for a query that sees no key: it depends on the backend that PyTorch picks.
 
-Measured on an H200 with torch 2.11 and on the CPU with torch 2.13 (``tests/test_empty_rows.py``):
+Measured on an H200 with torch 2.11; ``tests/test_gpu.py`` compares compiled models with eager there, and
+``tests/test_attention_patterns.py`` on the CPU:
 
 ==================  ===========  =========  ==========================  ====================
 backend             bool mask    -inf mask  least finite number (bf16)  least finite (fp16)

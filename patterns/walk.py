@@ -111,10 +111,3 @@ def constant_tensor(node: fx.Node) -> torch.Tensor | None:
     if not isinstance(value, torch.Tensor) or isinstance(value, torch._subclasses.FakeTensor):
         return None
     return value if value.numel() <= 1 else None
-
-
-def strip(node: fx.Node, targets: set[Any]) -> fx.Node:
-    """Walks back through unary calls whose operator is in ``targets``."""
-    while target(node) in targets:
-        node = node.args[0]  # type: ignore[assignment]
-    return node

@@ -322,23 +322,6 @@ def test_random_bounds_give_the_answer_of_attend(data: st.DataObject) -> None:
         assert_is_attend(split_kv, arguments)
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.float16])
-def test_the_key_range_is_first_and_last_visible_key_and_holes(dtype: torch.dtype) -> None:
-    keys = triton_ops.KEY_RANGE_BLOCK + 100
-    visible = torch.zeros(5, keys, dtype=torch.bool)
-    visible[0] = True
-    visible[1, 7 : keys - 9] = True
-    visible[2, keys - 5 :] = True
-    visible[3, [3, keys - 2]] = True
-    expected = torch.tensor([[0, keys, 0], [7, keys - 9, 0], [keys - 5, keys, 0], [3, keys - 1, 1], [0, 0, 0]])
-    mask = visible if dtype == torch.bool else additive(visible, dtype)
-    transposed = mask.t().contiguous().t()
-    for layout in (mask, transposed, mask[:1].expand(5, keys)):
-        actual = triton_ops.key_range(layout.to(DEVICE)).cpu()
-        assert actual.dtype == torch.int32
-        assert actual.tolist() == (expected if layout.stride(0) else expected[:1].expand(5, 3)).tolist()
-
-
 def test_the_number_of_splits_depends_on_sizes_alone() -> None:
     assert triton_ops.split_count(1, 8, 4096, 64, 132) == 64
     assert triton_ops.split_count(16, 8, 16384, 64, 132) == 5
@@ -419,8 +402,3 @@ class TestOnGpu:
         compiled = torch.compile(lambda kwargs: op(**kwargs), fullgraph=True, dynamic=dynamic)
         arguments = {**self.sizes(queries), **CASES[case](2, 8, queries, 1000)}
         assert_is_attend(lambda **kwargs: compiled(kwargs), arguments)
-
-    def test_torch_compile_takes_the_key_range(self) -> None:
-        visible = random_mask(3, 1000)
-        compiled = torch.compile(triton_ops.key_range_v1, fullgraph=True)
-        assert compiled(visible).tolist() == triton_ops.key_range(visible).tolist()
