@@ -99,7 +99,7 @@ def _read_sdpa(site: _Site, prover: MaskProver, empty_rows: EmptyRowsOfSdpa) -> 
     query, key, value, mask = known["query"], known["key"], known["value"], known["attn_mask"]
     if known["dropout_p"]:
         raise Declined("dropout is active")
-    q, k, v = _tensors(query, key, value)
+    q, k, _ = _tensors(query, key, value)
     if q.dim() == 3:
         site.stacked = 0
     scale = known.get("scale")
