@@ -103,13 +103,29 @@ Verdict = str | None
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a kernel has to do for a region, for the roofline estimate that stands in for a measurement.
+
+    ``flops`` and ``bytes`` are what the kernel executes and moves (not the least that any kernel must); ``efficiency``
+    is the share of the machine's peak that such kernels are known to reach, ``launches`` how many kernels start.
+    """
+
+    flops: float
+    bytes: float
+    efficiency: float = 0.5
+    launches: int = 1
+
+
+@dataclass(frozen=True)
 class Kernel:
     """One way to run one kind of region.
 
     ``name`` is ``provider.kernel``; ``version`` changes whenever its results or its speed may.  ``supports`` answers
-    why not (hardware, dtype, shape, mask), or None.  ``emit`` inserts the call in front of ``region.output`` through
-    the :class:`~lz_compile.lowering.emit.Emitter` it is given and returns the node that replaces it.  ``backward``
-    says whether gradients flow through it.  ``cuda_graphs`` says what makes it safe to capture, empty when it is not.
+    why it does not fit this region (dtype, shape, mask, the device's capability), or None; whether the provider's
+    package works on this machine is asked before, of the :class:`Provider`.  ``emit`` inserts the call in front of
+    ``region.output`` through the :class:`~lz_compile.lowering.emit.Emitter` it is given and returns the node that
+    replaces it.  ``backward`` says whether gradients flow through it.  ``cuda_graphs`` says what makes it safe to
+    capture, empty when it is not.  ``work`` feeds the estimate of its time where nothing was measured.
     """
 
     name: str
@@ -120,3 +136,23 @@ class Kernel:
     backward: bool = False
     cuda_graphs: str = ""
     summary: str = ""
+    work: Callable[[Region], Work] | None = None
+
+    @property
+    def provider(self) -> str:
+        return self.name.partition(".")[0]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """The kernels of one library.
+
+    ``distributions`` are the names under which package indexes know the library; empty for what comes with PyTorch or
+    with us.  ``probe`` is ``"module:function"``: a function without arguments that imports the library, makes one tiny
+    call and raises when that fails; it runs in a child process (:mod:`lz_compile.discovery`), so it may crash or hang.
+    """
+
+    name: str
+    kernels: tuple[Kernel, ...]
+    distributions: tuple[str, ...] = ()
+    probe: str = ""
