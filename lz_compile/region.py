@@ -125,7 +125,8 @@ class Kernel:
     package works on this machine is asked before, of the :class:`Provider`.  ``emit`` inserts the call in front of
     ``region.output`` through the :class:`~lz_compile.lowering.emit.Emitter` it is given and returns the node that
     replaces it.  ``backward`` says whether gradients flow through it.  ``cuda_graphs`` says what makes it safe to
-    capture, empty when it is not.  ``work`` feeds the estimate of its time where nothing was measured.
+    capture, empty when it is not.  ``work`` feeds the estimate of its time where nothing was measured; ``first_call`` says how
+    many seconds the first call may compile for (0 when it is compiled already), which measuring has to afford.
     """
 
     name: str
@@ -137,6 +138,7 @@ class Kernel:
     cuda_graphs: str = ""
     summary: str = ""
     work: Callable[[Region], Work] | None = None
+    first_call: Callable[[Region], float] | None = None
 
     @property
     def provider(self) -> str:
