@@ -419,8 +419,14 @@ def _no_interpreter() -> str:
 
 
 def _environment() -> dict[str, str]:
-    """The user's, with this thread's GPU as the child's only one: the ranks of a job do not all load GPU 0."""
+    """The user's, with this thread's GPU as the child's only one: the ranks of a job do not all load GPU 0.
+
+    The child stands in another folder, so relative entries of ``PYTHONPATH`` (for Pythons that it starts) are resolved.
+    """
     environment = {**os.environ, _INSIDE: "1"}
+    if os.environ.get("PYTHONPATH"):
+        entries = os.environ["PYTHONPATH"].split(os.pathsep)
+        environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(entry) for entry in entries)
     index = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
     if index:
         visible = [entry.strip() for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]

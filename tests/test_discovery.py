@@ -140,6 +140,28 @@ def test_a_child_imports_neither_torch_nor_us_and_runs_in_an_empty_folder() -> N
     assert detail == "RuntimeError: imported [], folders [], cwd holds ['request.json', 'stderr']"
 
 
+def test_a_python_that_a_probe_starts_finds_what_ours_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(FAKES.parent)
+    monkeypatch.setenv("PYTHONPATH", FAKES.name)
+    assert discovery.probe(call("starts_python")).state == "works"
+
+
+@pytest.mark.parametrize(
+    ("visible", "current", "expected"),
+    [(None, 0, None), (None, 2, "2"), ("4,5,6", 2, "6"), ("GPU-a, GPU-b", 1, "GPU-b"), ("7", 0, "7")],
+)
+def test_a_child_sees_the_gpu_of_the_thread_that_asks(
+    visible: str | None, current: int, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    assert discovery._environment().get("CUDA_VISIBLE_DEVICES") == expected
+
+
 def test_a_distribution_that_is_absent_starts_no_child(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(discovery, "_run", no_child)
     spec = call("works", distributions=("flash-attn-of-nobody", "fa3-of-nobody"))

@@ -94,6 +94,10 @@ def spawns_and_sleeps() -> None:
     sleeps()
 
 
+def starts_python() -> None:
+    subprocess.run([sys.executable, "-c", "import calls"], check=True)
+
+
 def tells_its_world() -> None:
     shadowed = [name for name in sys.modules if name in ("lz_compile", "torch")]
     own_folder = [entry for entry in sys.path if entry.endswith("lz_compile")]
