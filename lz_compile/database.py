@@ -13,10 +13,6 @@ threads, that want the same measurement take turns::
             again = database.look_up([key])       # someone may have measured it since the first look
             if mine and not again:
                 database.store([measure(key)])
-
-A database has one connection behind a lock.  A statement takes microseconds and SQLite admits one writer at a time, so
-a connection a thread would gain little; and whoever forks must first close every connection, which needs that lock: a
-child that inherits SQLite's bookkeeping believes to hold file locks that it does not.
 """
 
 from __future__ import annotations
@@ -25,7 +21,6 @@ import contextlib
 import fnmatch
 import functools
 import json
-import logging
 import math
 import os
 import socket
@@ -33,34 +28,22 @@ import sqlite3
 import threading
 import time
 import uuid
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TextIO
 
 from lz_compile.machine import Machine, cache_directory
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: then a corrupt file stays where it is
-    fcntl = None  # type: ignore[assignment]
-
-log = logging.getLogger("lz_compile")
+from lz_compile.sqlite_file import Migrations, SharedFile
 
 FILE = "performance.sqlite3"
 
 # Seconds after which a claim counts as abandoned whatever its holder does: a JIT build of minutes fits.
 LEASE = 300.0
 
-# Seconds for which an operation tries again while others hold the file's write lock.
-PATIENCE = 10.0
-
 # A measurement counts as right when it is this close to the true median, relative to it.
 TOLERANCE = 0.03
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -153,8 +136,7 @@ _KEY_GIVEN = " AND ".join(f"{name} = ?" for name in _KEY)
 # Keys a statement: nine parameters each, and the least limit of any SQLite build is 999.
 _CHUNK = 100
 
-# What turns a file of version n into one of version n + 1; the length is the version this code writes.
-_MIGRATIONS: tuple[tuple[str, ...], ...] = (
+_MIGRATIONS: Migrations = (
     (
         """CREATE TABLE record (
             id INTEGER PRIMARY KEY,
@@ -177,33 +159,16 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
 )
 
 
-class _Unusable(Exception):
-    """Why the file may not be used, or not be written, by this process."""
-
-
-class Database:
+class Database(SharedFile):
     """The records of one file.  May be shared by threads; a forked child opens its own connection."""
 
     def __init__(self, path: Path | None = None) -> None:
         """``path`` defaults to ``performance.sqlite3`` in the cache directory.  Nothing is opened yet."""
-        self.path = Path(os.path.realpath(_default_path() if path is None else path))
-        self._lock = threading.RLock()
-        self._connection: sqlite3.Connection | None = None
-        self._files: _Files | None = None
-        self._warned: set[str] = set()
-        self._problem = ""
-        self._read_only = ""
+        super().__init__(_default_path() if path is None else path, _MIGRATIONS)
         self._own: dict[Key, Record] = {}
         self._unsaved: list[Record] = []
         self._measuring: set[Key] = set()
         self._finished = threading.Condition()
-        with _registry:
-            _alive.add(self)
-
-    @property
-    def problem(self) -> str:
-        """Why this process does not use the file, or does not write it; empty when all is well."""
-        return self._problem or self._read_only
 
     def look_up(self, keys: Iterable[Key]) -> dict[Key, Record]:
         """The newest record of each key that has one."""
@@ -222,7 +187,7 @@ class Database:
 
         with self._lock:
             nothing: dict[Key, Record] = {}
-            found = self._run(read, otherwise=nothing) if keys else nothing
+            found = self.run(read, otherwise=nothing) if keys else nothing
             for key in keys if self._own else ():
                 own = self._own.get(key)
                 if own is not None and (key not in found or own.created >= found[key].created):
@@ -262,7 +227,7 @@ class Database:
 
         with self._lock:
             nothing: list[Record] = []
-            found = self._run(read, otherwise=nothing)
+            found = self.run(read, otherwise=nothing)
             if self.problem or self._unsaved:
                 found = self._with_own(found, kernel, device, newest)
         return found if limit is None else found[:limit]
@@ -311,7 +276,7 @@ class Database:
             return connection.execute(statement, (limit,)).rowcount
 
         with self._lock:
-            count = self._run(delete, otherwise=0, write=True)
+            count = self.run(delete, otherwise=0, write=True)
             if not self.problem:
                 self._own.clear()
             if count and self._connection is not None:
@@ -324,7 +289,7 @@ class Database:
         """Close the connection; the next operation opens another."""
         with self._lock:
             if self._unsaved:
-                self._run(lambda connection: None, otherwise=None, write=True)
+                self.run(lambda connection: None, otherwise=None, write=True)
             self._disconnect()
 
     # Records and memory
@@ -336,7 +301,7 @@ class Database:
                 own = self._own.get(record.key)
                 if own is None or record.created >= own.created:
                     self._own[record.key] = record
-            added = self._run(lambda connection: _insert(connection, records), otherwise=None, write=True)
+            added = self.run(lambda connection: _insert(connection, records), otherwise=None, write=True)
             if added is not None:
                 return added
             if not self.problem:
@@ -348,7 +313,7 @@ class Database:
         try:
             return _record(key if isinstance(key, Key) else _key(key), facts)
         except (ValueError, TypeError, AttributeError) as error:
-            self._warn("record", f"a record can't be read and is ignored: {error}")
+            self.warn("record", f"a record can't be read and is ignored: {error}")
             return None
 
     def _with_own(self, found: list[Record], kernel: str, device: str, newest: bool) -> list[Record]:
@@ -367,6 +332,20 @@ class Database:
                 first.setdefault(record.key, record)
             merged = list(first.values())
         return merged
+
+    def save(self, connection: sqlite3.Connection) -> None:
+        _insert(connection, self._unsaved)
+
+    def saved(self) -> None:
+        self._unsaved = []
+
+    def replaced(self) -> None:
+        self._unsaved = list(dict.fromkeys([*self._own.values(), *self._unsaved]))
+
+    def _after_fork_in_child(self) -> None:
+        super()._after_fork_in_child()
+        self._measuring = set()
+        self._finished = threading.Condition()
 
     # Claims
 
@@ -391,7 +370,7 @@ class Database:
         finally:
             if pid == os.getpid():
                 if mine:
-                    self._run(lambda c: c.execute("DELETE FROM claim WHERE token = ?", (token,)), None, write=True)
+                    self.run(lambda c: c.execute("DELETE FROM claim WHERE token = ?", (token,)), None, write=True)
                 with self._finished:
                     self._measuring.discard(key)
                     self._finished.notify_all()
@@ -415,203 +394,26 @@ class Database:
             row = connection.execute(f"SELECT token, host, pid, started, taken FROM claim WHERE {_KEY_GIVEN}", values)
             return row.fetchone()
 
-        holder = self._run(take, otherwise=token, write=True)
+        holder = self.run(take, otherwise=token, write=True)
         pause = 0.002
         while holder != token:
             if time.monotonic() >= deadline:
                 return False
             time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
             pause = min(2 * pause, 0.05)
-            row = self._run(look, otherwise=None)
+            row = self.run(look, otherwise=None)
             if row is None or row[0] != holder:
                 return False
             if _abandoned_claim(*row[1:]):
-                holder = self._run(take, otherwise=token, write=True)
+                holder = self.run(take, otherwise=token, write=True)
         return True
-
-    # The file
-
-    def _run(self, work: Callable[[sqlite3.Connection], T], otherwise: T, write: bool = False) -> T:
-        """``work`` in one transaction, tried again where that may help, or ``otherwise``; a write saves the unsaved."""
-        deadline = time.monotonic() + PATIENCE
-        failures: list[str] = []
-        pause = 0.005
-        with self._lock:
-            while not (self._problem or (write and self._read_only)):
-                try:
-                    return self._transact(self._connect(), work, write)
-                except _Unusable as error:
-                    self._give_up(str(error))
-                except (sqlite3.Error, OSError) as error:
-                    kind = _kind(error)
-                    if kind == "busy" and time.monotonic() < deadline:
-                        time.sleep(pause)
-                        pause = min(2 * pause, 0.1)
-                    elif kind in ("busy", "full"):
-                        self._warn(kind, f"{error}; what could not be written is kept in memory")
-                        return otherwise
-                    elif kind == "corrupt" and failures.count("corrupt") < 3:
-                        failures.append(kind)
-                        self._disconnect()
-                        if not self._move_aside(error):
-                            self._give_up(f"{error}, and it could not be moved aside")
-                    elif kind == "other" or kind in failures:
-                        self._disconnect()
-                        if kind == "read-only" and write:
-                            self._read_only = str(error)
-                        else:
-                            self._give_up(str(error))
-                    else:
-                        failures.append(kind)
-                        self._disconnect()
-            if self._read_only and write and not self._problem:
-                self._warn("read-only", f"{self._read_only}; new records are kept in memory")
-            return otherwise
-
-    def _transact(self, connection: sqlite3.Connection, work: Callable[[sqlite3.Connection], T], write: bool) -> T:
-        connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
-        try:
-            if write:
-                _insert(connection, self._unsaved)
-            result = work(connection)
-            connection.execute("COMMIT")
-        except BaseException:
-            if connection.in_transaction:
-                with contextlib.suppress(sqlite3.Error):
-                    connection.execute("ROLLBACK")
-            raise
-        if write:
-            self._unsaved = []
-        return result
-
-    def _connect(self) -> sqlite3.Connection:
-        """The connection, opened, or opened again when the file at the path is no longer the one it has open."""
-        if self._connection is not None:
-            files = _Files.at(self.path)
-            if files == self._files:
-                return self._connection
-            assert self._files is not None
-            if files.shared == self._files.shared and files.shared and files.shared_bytes < _SHARED_BYTES:
-                # Touching it again, by closing even, would be a bus error.
-                _untouchable.append(self._connection)
-                self._connection = None
-                raise _Unusable("its shared memory was truncated by another program")
-            if files.database == self._files.database and files.empty:
-                raise sqlite3.DatabaseError("database disk image is malformed: the file was emptied")
-            replaced = files.database != self._files.database
-            self._disconnect()
-        else:
-            replaced = False
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self._door(exclusive=False):
-            connection = self._open()
-        self._connection = connection
-        if replaced and not self._read_only:
-            # The new file has none of what this process knows.
-            self._unsaved = list(dict.fromkeys([*self._own.values(), *self._unsaved]))
-            with contextlib.suppress(sqlite3.Error):
-                self._transact(connection, lambda c: None, write=True)
-        return connection
-
-    def _open(self) -> sqlite3.Connection:
-        try:
-            connection = _open(str(self.path))
-        except (sqlite3.Error, OSError) as error:
-            self._files = _Files.at(self.path)
-            if _kind(error) not in ("read-only", "unopenable") or not self.path.is_file():
-                raise
-            # SQLite wants a log and shared memory beside a WAL file even to read it, unless told that no one writes.
-            connection = _open(self.path.as_uri() + "?mode=ro&immutable=1")
-            self._read_only = str(error)
-        self._files = _Files.at(self.path)
-        return connection
-
-    def _disconnect(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            with contextlib.suppress(sqlite3.Error):
-                connection.close()
-
-    @contextlib.contextmanager
-    def _door(self, exclusive: bool) -> Iterator[bool]:
-        """Held shared while opening and exclusively while moving the file aside; whether it could be had."""
-        if fcntl is None:
-            yield False
-            return
-        try:
-            handle = os.open(f"{self.path}.lock", os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError:
-            yield False
-            return
-        try:
-            deadline = time.monotonic() + 2.0
-            while not (held := _flock(handle, exclusive)) and time.monotonic() < deadline:
-                time.sleep(0.01)
-            yield held
-        finally:
-            os.close(handle)
-
-    def _move_aside(self, error: Exception) -> bool:
-        """Rename the corrupt file, unless another process did; whether the path is free for a new one.
-
-        The file that failed is known by its inode, so a new file that took its place meanwhile stays.
-        """
-        with self._door(exclusive=True) as held:
-            if not held:
-                return False
-            if self._files is None or _Files.at(self.path).database != self._files.database:
-                return True
-            for number in range(1, 10):
-                aside = self.path.with_name(f"{self.path.name}.corrupt-{number}")
-                if not aside.exists():
-                    break
-            else:
-                return False
-            try:
-                for suffix in ("-journal", "-wal", "-shm", ""):
-                    if os.path.exists(f"{self.path}{suffix}"):
-                        os.rename(f"{self.path}{suffix}", f"{aside}{suffix}")
-            except OSError:
-                return False
-        self._unsaved = list(dict.fromkeys([*self._own.values(), *self._unsaved]))
-        self._warn("corrupt", f"{error}; it was moved to {aside.name} and a new one begun")
-        return True
-
-    def _give_up(self, reason: str) -> None:
-        self._problem = reason
-        self._warn("unusable", f"{reason}; measurements are kept in memory")
-
-    def _warn(self, kind: str, text: str) -> None:
-        """One warning a kind of trouble."""
-        if kind not in self._warned:
-            self._warned.add(kind)
-            log.warning("the performance database %s: %s", self.path, text)
-
-    # Forks
-
-    def _before_fork(self) -> None:
-        self._lock.acquire()
-        self._disconnect()
-
-    def _after_fork_in_parent(self) -> None:
-        self._lock.release()
-
-    def _after_fork_in_child(self) -> None:
-        self._lock = threading.RLock()
-        self._finished = threading.Condition()
-        self._measuring = set()
 
 
 def default() -> Database:
     """The database in the cache directory as it is now; the same object every time, for the threads to share."""
     path = _default_path()
-    with _registry:
-        database = _by_path.get(path)
-    if database is None:
-        database = Database(path)
-        with _registry:
-            database = _by_path.setdefault(path, database)
-    return database
+    # A dict's setdefault is atomic, and a database that loses the race has opened nothing.
+    return _by_path.get(path) or _by_path.setdefault(path, Database(path))
 
 
 def _default_path() -> Path:
@@ -621,37 +423,7 @@ def _default_path() -> Path:
         return Path(os.devnull) / FILE
 
 
-_registry = threading.Lock()
-_alive: weakref.WeakSet[Database] = weakref.WeakSet()
 _by_path: dict[Path, Database] = {}
-_forking: list[Database] = []
-_untouchable: list[sqlite3.Connection] = []
-
-
-def _before_fork() -> None:
-    _registry.acquire()
-    _forking[:] = _alive
-    for database in _forking:
-        database._before_fork()
-
-
-def _after_fork_in_parent() -> None:
-    for database in _forking:
-        database._after_fork_in_parent()
-    _forking.clear()
-    _registry.release()
-
-
-def _after_fork_in_child() -> None:
-    for database in _forking:
-        database._after_fork_in_child()
-    _forking.clear()
-    _registry.release()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
-
 
 # Rows and lines
 
@@ -780,141 +552,6 @@ def _text(file: TextIO | str | os.PathLike[str], mode: str) -> Iterator[Any]:
             yield stream
     else:
         yield file
-
-
-# SQLite and its files
-
-# The least that the shared memory of a WAL database in use measures.
-_SHARED_BYTES = 32768
-
-
-@dataclass(frozen=True)
-class _Files:
-    """Which files stand at the path: device and inode of the database, its log and their shared memory."""
-
-    database: tuple[int, int] | None
-    empty: bool
-    wal: tuple[int, int] | None
-    shared: tuple[int, int] | None
-    shared_bytes: int
-
-    @classmethod
-    def at(cls, path: Path) -> _Files:
-        database, wal, shared = (_stat(f"{path}{suffix}") for suffix in ("", "-wal", "-shm"))
-        return cls(
-            database=database and (database.st_dev, database.st_ino),
-            empty=database is not None and database.st_size == 0,
-            wal=wal and (wal.st_dev, wal.st_ino),
-            shared=shared and (shared.st_dev, shared.st_ino),
-            shared_bytes=min(shared.st_size, _SHARED_BYTES) if shared else 0,
-        )
-
-
-def _stat(path: str) -> os.stat_result | None:
-    try:
-        return os.stat(path)
-    except OSError:
-        return None
-
-
-def _open(name: str) -> sqlite3.Connection:
-    """Connect, check the schema's version and bring the schema up to date.  ``name`` is a path or a ``file:`` URI."""
-    uri = name.startswith("file:")
-    # Threads take turns under the database's lock, hence no check of theirs.
-    connection = sqlite3.connect(name, timeout=PATIENCE / 2, isolation_level=None, check_same_thread=False, uri=uri)
-    try:
-        connection.execute("PRAGMA mmap_size = 0")  # a mapped file that is truncated is a bus error
-        if _version(connection) > len(_MIGRATIONS):
-            raise _Unusable("it was written by a newer version of lz-compile")
-        if not uri:
-            _choose_journal(connection, name)
-        if _version(connection) < len(_MIGRATIONS):
-            _migrate(connection)
-        connection.create_function("matches", 2, fnmatch.fnmatchcase, deterministic=True)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
-def _version(connection: sqlite3.Connection) -> int:
-    return connection.execute("PRAGMA user_version").fetchone()[0]
-
-
-def _choose_journal(connection: sqlite3.Connection, path: str) -> None:
-    """A write-ahead log, whose readers don't wait for writers; a rollback journal where hosts can't share memory.
-
-    A switch that can't be made now (a read-only file, other processes in it) is left to a later process.
-    """
-    wanted = "delete" if _on_network(path) else "wal"
-    if connection.execute("PRAGMA journal_mode").fetchone()[0] != wanted:
-        with contextlib.suppress(sqlite3.OperationalError):
-            connection.execute(f"PRAGMA journal_mode = {wanted}")
-    connection.execute("PRAGMA synchronous = NORMAL")
-
-
-def _migrate(connection: sqlite3.Connection) -> None:
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        version = _version(connection)
-        if version == 0 and connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            raise _Unusable("it is a database of another program")
-        for statements in _MIGRATIONS[version:]:
-            for statement in statements:
-                connection.execute(statement)
-        connection.execute(f"PRAGMA user_version = {max(version, len(_MIGRATIONS))}")
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:
-            with contextlib.suppress(sqlite3.Error):
-                connection.execute("ROLLBACK")
-        raise
-
-
-# SQLite's own texts for its result codes (sqlite3ErrStr); Python tells the codes from 3.11 on.
-_KINDS = (
-    ("is locked", "busy"),
-    ("locking protocol", "busy"),
-    ("is full", "full"),
-    ("malformed", "corrupt"),
-    ("file is not a database", "corrupt"),
-    ("file is encrypted", "corrupt"),
-    ("Could not decode to UTF-8", "corrupt"),
-    ("readonly", "read-only"),
-    ("unable to open", "unopenable"),
-    ("disk I/O error", "input-output"),
-)
-
-
-def _kind(error: Exception) -> str:
-    return next((kind for text, kind in _KINDS if text in str(error)), "other")
-
-
-def _flock(handle: int, exclusive: bool) -> bool:
-    try:
-        fcntl.flock(handle, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-_NETWORK = ("nfs", "cifs", "smb", "afs", "9p", "lustre", "gpfs", "beegfs", "ceph", "gluster", "fuse.sshfs", "fuse.gcs")
-
-
-def _on_network(path: str) -> bool:
-    """Whether other hosts may have the file too (Linux tells; elsewhere the answer is no)."""
-    kind, longest = "", -1
-    try:
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
-            for line in mounts:
-                before, _, after = line.partition(" - ")
-                point = before.split()[4].replace("\\040", " ")
-                inside = path.startswith(point if point.endswith("/") else point + "/")
-                if inside and len(point) >= longest:
-                    kind, longest = after.split()[0], len(point)
-    except (OSError, IndexError):
-        return False
-    return kind.startswith(_NETWORK)
 
 
 # Processes

@@ -25,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lz_compile import database as module
+from lz_compile import sqlite_file
 from lz_compile.database import Database, FormatError, Key, Record, confidence_of, default
 from lz_compile.machine import Machine
 
@@ -228,13 +229,15 @@ class Child:
         pid = os.fork()
         if pid == 0:
             signal.alarm(100)
-            os.close(reading)
             try:
-                said = json.dumps(function())
-            except BaseException as error:
-                said = json.dumps(f"{type(error).__name__}: {error}")
-            os.write(writing, said.encode())
-            os._exit(0)
+                os.close(reading)
+                try:
+                    said = json.dumps(function())
+                except BaseException as error:
+                    said = json.dumps(f"{type(error).__name__}: {error}")
+                os.write(writing, said.encode())
+            finally:
+                os._exit(0)
         os.close(writing)
         return cls(pid, os.fdopen(reading, encoding="utf-8"))
 
@@ -253,7 +256,7 @@ def work(path: Path, name: int, threads: int, keys: int) -> dict[str, Any]:
     warnings: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda entry: warnings.append(entry.getMessage())  # type: ignore[method-assign]
-    module.log.addHandler(handler)
+    sqlite_file.log.addHandler(handler)
 
     def one(thread: int) -> None:
         try:
@@ -555,14 +558,14 @@ def test_a_connection_that_stops_writing_costs_one_warning(
     """``query_only`` gives the error of a file system that is remounted read-only."""
     database.store([record()])
 
-    def read_only(name: str, opened: Any = module._open) -> sqlite3.Connection:
-        connection = opened(name)
+    def read_only(*arguments: Any, opened: Any = sqlite_file._open) -> sqlite3.Connection:
+        connection = opened(*arguments)
         connection.execute("PRAGMA query_only = 1")
         return connection
 
     assert database._connection is not None
     database._connection.execute("PRAGMA query_only = 1")
-    monkeypatch.setattr(module, "_open", read_only)
+    monkeypatch.setattr(sqlite_file, "_open", read_only)
     check_memory(database)
     check_memory(database)
     assert database.look_up([KEY])
@@ -699,6 +702,21 @@ def test_two_processes_that_meet_the_same_corrupt_file_move_it_once(
         each.close()
 
 
+def test_a_new_file_is_not_moved_aside_by_who_saw_the_old_one_fail(path: Path) -> None:
+    """The second finds the damage before the first has moved the file, and comes to move it after."""
+    first, second = Database(path), Database(path)
+    for each in (first, second):
+        each.look_up([KEY])
+    os.truncate(path, 0)
+    first.store([record()])
+    second._disconnect()
+    assert second._move_aside(sqlite3.DatabaseError("database disk image is malformed"))
+    assert not path.with_name("performance.sqlite3.corrupt-2").exists()
+    assert second.look_up([KEY])
+    for each in (first, second):
+        each.close()
+
+
 def test_truncated_shared_memory_is_not_touched_again(path: Path) -> None:
     """In a process of its own: reading it is a bus error."""
 
@@ -720,7 +738,7 @@ def test_truncated_shared_memory_is_not_touched_again(path: Path) -> None:
 def test_a_file_locked_for_long_keeps_records_until_it_is_free(
     database: Database, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "PATIENCE", 0.2)
+    monkeypatch.setattr(sqlite_file, "PATIENCE", 0.2)
     database.look_up([KEY])
     other = sqlite3.connect(database.path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
@@ -751,7 +769,7 @@ def test_a_full_disk_keeps_records_in_memory(database: Database, caplog: pytest.
 
 
 def test_a_rollback_journal_serves_where_hosts_cannot_share_memory(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_on_network", lambda path: True)
+    monkeypatch.setattr(sqlite_file, "_on_network", lambda path: True)
     first, second = Database(path), Database(path)
     first.store([record(key(1))])
     second.store([record(key(2))])
