@@ -3,6 +3,8 @@
     python benchmarks/kernels.py                  # both tables, with an error against float64 for each row
     python benchmarks/kernels.py --only decode
     python benchmarks/kernels.py --tune           # block, warp and stage settings of both kernels instead
+    python benchmarks/kernels.py --tune --only prefill --seconds 90 --json build/tune.json
+    python benchmarks/kernels.py --dry            # what the settings of the prefill kernel take of an SM; needs no GPU
 
 Each time is the median of ``triton.testing.do_bench``, which flushes L2 before every run.  Small inputs are rotated
 as well, so that no run meets the previous run's addresses.  TFLOP/s counts visible pairs only, TB/s visible keys.
@@ -11,9 +13,19 @@ as well, so that no run meets the previous run's addresses.  TFLOP/s counts visi
 from __future__ import annotations
 
 import argparse
+import inspect
 import itertools
+import json
+import re
+import statistics
+import subprocess
+import tempfile
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +33,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.testing import do_bench
 
 from lz_compile.lowering import triton_ops
-from lz_compile.lowering.semantic import BOUND_COLUMNS, LOWER, NO_LOWER, NO_UPPER, STOP, UPPER, attend, visible_keys
+from lz_compile.lowering.semantic import (
+    BOUND_COLUMNS,
+    EMPTY_ROW,
+    LOWER,
+    NO_LOWER,
+    NO_UPPER,
+    STOP,
+    UPPER,
+    attend,
+    visible_keys,
+)
 from lz_compile.lowering.triton_ops import SplitConfig, TileConfig
 
 HEADS, KV_HEADS, SIZE = 32, 8, 128
@@ -31,7 +53,11 @@ L2_BYTES = 50 * 2**20
 
 @dataclass(frozen=True)
 class Case:
-    """One shape and one mask: ``valid`` holds the number of keys of each batch row."""
+    """One shape and one mask: ``valid`` holds the number of keys of each batch row.
+
+    ``key_mask``: the kernel is also given the key padding as a mask, of which the bounds say that it need not be read;
+    so it runs in a model that got an attention mask.  ``empty_row`` as in ``attend``.
+    """
 
     name: str
     batch: int
@@ -40,6 +66,8 @@ class Case:
     valid: tuple[int, ...]
     causal: bool = False
     window: int = 0
+    key_mask: bool = False
+    empty_row: str = "zero"
     tensors: tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...] = field(default=(), compare=False, repr=False)
 
     def with_tensors(self) -> Case:
@@ -168,13 +196,19 @@ def sdpa_expanded(case: Case) -> Attention:
 
 def ours(case: Case, config: TileConfig | SplitConfig | None = None) -> Attention:
     bounds = case.bounds()
+    key_mask = None
+    if case.key_mask:
+        key_mask = torch.arange(case.keys, device="cuda") < bounds[:, STOP, None]
+    empty_row = EMPTY_ROW[case.empty_row]
 
     def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         if case.queries == 1:
             assert config is None or isinstance(config, SplitConfig)
-            return triton_ops.split_kv(query, key, value, bounds, scale=SCALE, config=config)
+            return triton_ops.split_kv(
+                query, key, value, bounds, key_mask, scale=SCALE, empty_row=empty_row, config=config
+            )
         assert config is None or isinstance(config, TileConfig)
-        return triton_ops.tiled(query, key, value, bounds, scale=SCALE, config=config)
+        return triton_ops.tiled(query, key, value, bounds, key_mask, scale=SCALE, empty_row=empty_row, config=config)
 
     return run
 
@@ -237,60 +271,254 @@ def compare(cases: list[Case]) -> None:
             )
 
 
-TILE_CONFIGS = [
-    TileConfig(128, 128, 8, 2),
-    TileConfig(128, 64, 8, 2),
-    TileConfig(128, 64, 8, 3),
-    TileConfig(128, 64, 4, 3),
-    TileConfig(64, 128, 4, 2),
-    TileConfig(64, 64, 4, 3),
-    TileConfig(256, 64, 8, 2),
+TILES = [
+    (64, 32, 4, 2),
+    (64, 32, 4, 3),
+    (64, 32, 4, 4),
+    (64, 64, 4, 2),
+    (64, 64, 4, 3),
+    (64, 128, 4, 2),
+    (128, 32, 8, 3),
+    (128, 64, 8, 2),
+    (128, 64, 8, 3),
+    (128, 128, 8, 2),
+    (128, 128, 8, 3),
+    (256, 32, 16, 3),
+    (256, 64, 16, 2),
 ]
+TILE_CONFIGS = [TileConfig(*tile, one_loop) for tile in TILES for one_loop in (False, True)]
 SPLIT_CONFIGS = [
     SplitConfig(block_n, splits, warps, stages)
     for block_n, warps, stages in ((64, 4, 3), (64, 4, 2), (32, 4, 4), (128, 4, 2), (128, 8, 2), (32, 2, 4))
     for splits in (0, 8, 16, 32)
 ]
 
+# Compiling a setting costs a second or two: the tuner keeps to the shapes on which settings differ.
+TUNED_PREFILL = [
+    Case("causal B=8 S=1024", 8, 1024, 1024, (1024,) * 8, causal=True),
+    Case("causal B=8 S=1024, 4 rows half padded", 8, 1024, 1024, (1024, 512) * 4, causal=True, key_mask=True),
+    Case("causal S=8192", 1, 8192, 8192, (8192,), causal=True),
+    Case("window 4096, S=16384", 1, 16384, 16384, (16384,), causal=True, window=4096),
+]
+TUNED_DECODE = [
+    case
+    for case in DECODE
+    if case.name
+    in (
+        "decode B=1 cache 4096, 4096 valid",
+        "decode B=1 cache 16384, 1000 valid",
+        "decode B=16 cache 16384, 16384 valid",
+        "decode B=16 cache 4096, 1000 valid",
+    )
+]
+# How many of the fastest settings are timed again where the fallback of empty rows stands ready.
+FINALISTS = 4
+ROUNDS = 3
 
-# Compiling a setting costs about a second: the tuner keeps to the shapes on which settings differ.
-TUNED = {
-    "causal S=2048",
-    "causal S=8192",
-    "window 4096, S=16384",
-    "decode B=1 cache 4096, 4096 valid",
-    "decode B=1 cache 16384, 1000 valid",
-    "decode B=16 cache 16384, 16384 valid",
-    "decode B=16 cache 4096, 1000 valid",
-}
+
+@dataclass
+class Entrant:
+    """One setting (or SDPA, with ``config`` None) on one case: the median of each round, or why there is none."""
+
+    case: Case
+    name: str
+    config: TileConfig | SplitConfig | None
+    attention: Attention | None = None
+    us: list[float] = field(default_factory=list)
+    error: float = 0.0
+    failure: str = ""
+
+    def median(self) -> float:
+        return statistics.median(self.us) if self.us else float("inf")
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "case": self.case.name,
+            "empty_row": self.case.empty_row,
+            "kernel": self.name,
+            "config": None if self.config is None else self.config._asdict(),
+            "us": self.us,
+            "error": self.error,
+            "failure": self.failure,
+        }
 
 
-def tune(cases: list[Case]) -> None:
+def tune(cases: list[Case], seconds: float, json_path: str | None) -> None:
+    """Times every setting on every case, in rounds over all of them so that drift meets all alike, until ``seconds``
+    are over; and the fastest ones again with the kernel for empty rows, which finds none here."""
+    deadline = time.monotonic() + seconds
+    entrants: list[Entrant] = []
     for case in cases:
-        case = case.with_tensors()
-        configs: list[TileConfig] | list[SplitConfig] = SPLIT_CONFIGS if case.queries == 1 else TILE_CONFIGS
-        for config in configs:
-            attention = ours(case, config)
-            try:
-                wrong = error(attention, case)
-                us = time_us(as_graph(attention, case) if case.queries == 1 else attention, case)
-            except Exception as reason:  # a setting that does not fit the machine is an answer, not a failure
-                print(f"{case.name:38} {config}: {type(reason).__name__}: {str(reason).splitlines()[0][:60]}")
+        field_of_case = list(entries(case))
+        compile_all(field_of_case)
+        race(field_of_case, ROUNDS, deadline)
+        if case.queries > 1 and time.monotonic() < deadline:
+            best = sorted((e for e in field_of_case if e.config is not None and e.us), key=Entrant.median)[:FINALISTS]
+            ready = replace(case, empty_row="unmasked")
+            again = [Entrant(ready, e.name, e.config, ours(ready, e.config)) for e in best]
+            compile_all(again)
+            race(again, ROUNDS, deadline)
+            field_of_case += again
+        show(field_of_case)
+        entrants += [replace(e, attention=None, case=replace(e.case, tensors=())) for e in field_of_case]
+        if json_path:
+            Path(json_path).parent.mkdir(parents=True, exist_ok=True)
+            report = {
+                "torch": torch.__version__,
+                "device": torch.cuda.get_device_name(),
+                "results": [e.record() for e in entrants],
+            }
+            Path(json_path).write_text(json.dumps(report, indent=1))
+
+
+def entries(case: Case) -> Iterator[Entrant]:
+    case = case.with_tensors()
+    decode = case.queries == 1
+    configs: list[TileConfig] | list[SplitConfig] = SPLIT_CONFIGS if decode else TILE_CONFIGS
+    for name, attention in contestants(case):
+        yield Entrant(case, f"{name}, its own choice" if name in ("split_kv", "tiled") else name, None, attention)
+    for config in configs:
+        yield Entrant(case, "split_kv" if decode else "tiled", config, ours(case, config))
+
+
+def compile_all(entrants: list[Entrant]) -> None:
+    """Calls each once, many at a time: Triton compiles outside of the interpreter lock for the most part."""
+
+    def first_call(entrant: Entrant) -> None:
+        assert entrant.attention is not None
+        try:
+            entrant.error = error(entrant.attention, entrant.case)
+            if not entrant.error < 0.02:
+                entrant.failure = f"WRONG by {entrant.error:.1e}"
+        except Exception as reason:  # a setting that does not fit the machine is an answer, not a failure
+            entrant.failure = f"{type(reason).__name__}: {str(reason).splitlines()[0][:60]}"
+
+    with ThreadPoolExecutor(max_workers=12) as pool:
+        list(pool.map(first_call, entrants))
+
+
+def race(entrants: list[Entrant], rounds: int, deadline: float) -> None:
+    """Times all of them, in graphs, ``rounds`` times over; what fails or comes too late has no times."""
+    for entrant in entrants:
+        if not entrant.failure:
+            assert entrant.attention is not None
+            entrant.attention = as_graph(entrant.attention, entrant.case)
+    for _ in range(rounds):
+        for entrant in entrants:
+            if entrant.failure or time.monotonic() > deadline:
                 continue
-            flag = "" if wrong < 0.02 else "  WRONG"
-            print(f"{case.name:38} {us:9.1f} us {rate(case, us)}  {config}{flag}", flush=True)
+            assert entrant.attention is not None
+            entrant.us.append(time_us(entrant.attention, entrant.case))
+
+
+def show(entrants: list[Entrant]) -> None:
+    print(f"\n{'case':38} {'empty row':9} {'us':>8} {'spread':>6} {'rate':>14}  kernel")
+    for entrant in sorted(entrants, key=Entrant.median):
+        label = entrant.name if entrant.config is None else f"{entrant.name} {tuple(entrant.config)}"
+        case = entrant.case
+        if not entrant.us:
+            print(
+                f"{case.name:38} {case.empty_row:9} {'':8} {'':6} {'':14}  {label}: {entrant.failure or 'no time left'}"
+            )
+            continue
+        us = entrant.median()
+        spread = max(entrant.us) - min(entrant.us)
+        print(
+            f"{case.name:38} {case.empty_row:9} {us:8.1f} {spread:6.1f} {rate(case, us):>14}  {label}",
+            flush=True,
+        )
+
+
+class Recorder:
+    """Takes a kernel's place in ``triton_ops`` and keeps the arguments of the launch."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.arguments: dict[str, Any] = {}
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return self.arguments.update
+
+
+def print_resources() -> None:
+    """What each setting takes of an SM (registers, shared memory, spills), as compiled for sm_90 on any machine."""
+    from lz_compile.lowering.triton_kernels import empty_rows_kernel, tiled_kernel
+
+    print(f"{'kernel':18} {'setting':28} {'key mask':8} {'regs':>5} {'shared':>7} {'stack':>6} {'programs/SM':>11}")
+    query, key = (torch.empty(8, 1024, heads, SIZE, dtype=torch.bfloat16, device="meta") for heads in (HEADS, KV_HEADS))
+    query, key = query.transpose(1, 2), key.transpose(1, 2)
+    bounds = torch.empty(8, BOUND_COLUMNS, dtype=torch.int32, device="meta")
+    padding = torch.empty(8, 1024, dtype=torch.bool, device="meta")
+    for config, key_mask in itertools.product(TILE_CONFIGS, (None, padding)):
+        launchers = Recorder(tiled_kernel), Recorder(empty_rows_kernel)
+        triton_ops._run_tiled(
+            launchers, query, key, key, bounds, key_mask, None, None, None, SCALE, 0.0, 0, EMPTY_ROW["unmasked"], config
+        )
+        print_resources_of(launchers[0], str(tuple(config)), key_mask is not None)
+    print_resources_of(launchers[1], "", False)
+
+
+def print_resources_of(recorder: Recorder, setting: str, key_mask: bool) -> None:
+    import triton
+    from triton.backends import nvidia
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {torch.bfloat16: "*bf16", torch.int32: "*i32", torch.bool: "*i1", torch.int8: "*i8"}
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[Any]] = {}
+    for index, parameter in enumerate(recorder.kernel.params):
+        argument = recorder.arguments[parameter.name]
+        if isinstance(argument, torch.Tensor):
+            signature[parameter.name] = types[argument.dtype]
+        elif parameter.is_constexpr or argument == 1:
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = argument
+            continue
+        else:
+            signature[parameter.name] = "fp32" if isinstance(argument, float) else "i32"
+        if isinstance(argument, torch.Tensor) or (isinstance(argument, int) and argument % 16 == 0):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    options = {name: recorder.arguments[name] for name in ("num_warps", "num_stages")}
+    name = recorder.kernel.__name__
+    try:
+        source = ASTSource(recorder.kernel, signature, constants, attributes)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    except Exception as reason:
+        print(f"{name:18} {setting:28} {type(reason).__name__}: {str(reason).splitlines()[0][:60]}")
+        return
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = Path(inspect.getfile(nvidia)).parent / "bin" / "cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.findall(rf"{word}:(\d+)", usage)[0]) for word in ("REG", "STACK"))
+    shared = compiled.metadata.shared
+    # An SM has 64 Ki registers and 228 KiB of shared memory, of which each program takes 1 KiB more than it asks for.
+    programs = min(65536 // (-(-registers // 8) * 8 * 32 * options["num_warps"]), 228 * 1024 // (shared + 1024))
+    print(f"{name:18} {setting:28} {key_mask!s:8} {registers:5} {shared:7} {stack:6} {programs:11}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["prefill", "decode"], help="one of the two kernels")
     parser.add_argument("--tune", action="store_true", help="time launch settings instead of comparing with SDPA")
+    parser.add_argument("--seconds", type=float, default=180.0, help="no timing of --tune starts later (default 180)")
+    parser.add_argument("--json", metavar="FILE", help="where --tune writes all that it has measured")
+    parser.add_argument(
+        "--dry", action="store_true", help="compile the prefill settings for sm_90 and print their needs"
+    )
     arguments = parser.parse_args()
+    if arguments.dry:
+        print_resources()
+        return
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
-    cases = (PREFILL if arguments.only != "decode" else []) + (DECODE if arguments.only != "prefill" else [])
+    prefill, decode = (TUNED_PREFILL, TUNED_DECODE) if arguments.tune else (PREFILL, DECODE)
+    cases = (prefill if arguments.only != "decode" else []) + (decode if arguments.only != "prefill" else [])
     if arguments.tune:
-        tune([c for c in cases if c.name in TUNED])
+        tune(cases, arguments.seconds, arguments.json)
     else:
         compare(cases)
 

@@ -6,9 +6,10 @@ import torch
 import torch.fx as fx
 
 from lz_compile.lowering.emit import Emitter
-from lz_compile.region import Attention, Kernel, Region, Verdict
+from lz_compile.lowering.work import attention_work
+from lz_compile.region import Attention, Kernel, Provider, Region, Verdict, Work
 
-VERSION = "1"
+VERSION = "2"
 _DECODE_QUERIES = 16
 _HEAD_SIZES = range(16, 257)
 
@@ -80,7 +81,19 @@ def _emit_split_kv(emitter: Emitter, region: Region) -> fx.Node:
 
 
 def _emit_tiled(emitter: Emitter, region: Region) -> fx.Node:
-    return emitter.attend(region, torch.ops.lz_compile.tiled_v1.default)
+    return emitter.attend(region, torch.ops.lz_compile.tiled_v2.default)
+
+
+def _split_kv_work(region: Region) -> Work:
+    return attention_work(region, efficiency=0.8, launches=2)
+
+
+def _tiled_work(region: Region) -> Work:
+    a = region.attention
+    assert a is not None
+    return attention_work(
+        region, efficiency=0.45, launches=2 if a.mask.empty_row in ("mean", "safe mean", "unmasked") else 1
+    )
 
 
 SPLIT_KV = Kernel(
@@ -91,6 +104,7 @@ SPLIT_KV = Kernel(
     emit=_emit_split_kv,
     cuda_graphs="lengths stay on the device, the grid depends on shapes only",
     summary="split-KV decode: each key is read once per head group, and only keys that some query may see",
+    work=_split_kv_work,
 )
 
 TILED = Kernel(
@@ -101,4 +115,7 @@ TILED = Kernel(
     emit=_emit_tiled,
     cuda_graphs="lengths stay on the device, the grid depends on shapes only",
     summary="tiled prefill: tiles that the mask hides are skipped, tiles that it shows run without it",
+    work=_tiled_work,
 )
+
+PROVIDER = Provider("triton", (SPLIT_KV, TILED))

@@ -29,6 +29,11 @@ EMPTY_NAN = tl.constexpr(2)
 EMPTY_SAFE_MEAN = tl.constexpr(3)
 EMPTY_UNMASKED = tl.constexpr(4)
 
+# Values of MASKED.
+NO_TILE = tl.constexpr(0)
+EVERY_TILE = tl.constexpr(1)
+TILES_OUTSIDE = tl.constexpr(2)
+
 BOUND_COLUMNS = tl.constexpr(8)
 
 # K and V of the heads that run at one time should stay in half of the H200's 50 MiB of L2.
@@ -486,6 +491,8 @@ def attend_tiles(
     q,
     begin,
     end,
+    full_first,
+    full_stop,
     key_base,
     value_base,
     stride_kn,
@@ -517,7 +524,11 @@ def attend_tiles(
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Runs the key tiles of [begin, end); without MASKED every key of them is visible to every row."""
+    """Runs the key tiles of [begin, end).
+
+    MASKED says which of them need the mask: NO_TILE, EVERY_TILE, or TILES_OUTSIDE [full_first, full_stop), decided tile
+    by tile.
+    """
     column_k = tl.arange(0, BLOCK_DK)
     column_v = tl.arange(0, BLOCK_DV)
     tile_row = tl.arange(0, BLOCK_N)
@@ -528,31 +539,39 @@ def attend_tiles(
         index = start + tile_row
         inside = index < end
         start64 = tl.cast(start, tl.int64)
-        k = load_tile(key_base + start64 * stride_kn, key_offsets, inside, column_k < DK, MASKED, BLOCK_DK != DK)
+        k = load_tile(
+            key_base + start64 * stride_kn, key_offsets, inside, column_k < DK, MASKED != NO_TILE, BLOCK_DK != DK
+        )
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         scores = shape_scores(scores, scale, softcap, SOFTCAP, MASK_KIND)
-        if MASKED:
-            scores = mask_scores(
-                scores,
-                index,
-                end,
-                first,
-                stop,
-                key_mask,
-                stride_key_mask,
-                key_mask_needed,
-                mask + start64 * stride_mask,
-                mask_offsets,
-                HAS_KEY_MASK,
-                MASK_KIND,
-            )
-            if HAS_DOCUMENTS:
-                ids = tl.load(key_documents + tl.cast(index, tl.int64) * stride_key_documents, mask=inside, other=0)
-                same = (query_ids[:, None] == ids[None, :]) | one_document
-                scores = tl.where(same, scores, float("-inf"))
-        v = load_tile(value_base + start64 * stride_vn, value_offsets, inside, column_v < DV, MASKED, BLOCK_DV != DV)
+        if MASKED != NO_TILE:
+            needed = True
+            if MASKED == TILES_OUTSIDE:
+                needed = (start < full_first) | (start >= full_stop)
+            if needed:
+                scores = mask_scores(
+                    scores,
+                    index,
+                    end,
+                    first,
+                    stop,
+                    key_mask,
+                    stride_key_mask,
+                    key_mask_needed,
+                    mask + start64 * stride_mask,
+                    mask_offsets,
+                    HAS_KEY_MASK,
+                    MASK_KIND,
+                )
+                if HAS_DOCUMENTS:
+                    ids = tl.load(key_documents + tl.cast(index, tl.int64) * stride_key_documents, mask=inside, other=0)
+                    same = (query_ids[:, None] == ids[None, :]) | one_document
+                    scores = tl.where(same, scores, float("-inf"))
+        v = load_tile(
+            value_base + start64 * stride_vn, value_offsets, inside, column_v < DV, MASKED != NO_TILE, BLOCK_DV != DV
+        )
         accumulator, row_max, row_sum = online_softmax(
-            accumulator, row_max, row_sum, scores, v, factor, MASK_KIND, MASKED, PRECISION
+            accumulator, row_max, row_sum, scores, v, factor, MASK_KIND, MASKED != NO_TILE, PRECISION
         )
     return accumulator, row_max, row_sum
 
@@ -625,6 +644,7 @@ def tiled_kernel(
     key_documents,
     mask,
     out,
+    empty_rows,
     stride_qb,
     stride_qh,
     stride_qm,
@@ -668,8 +688,16 @@ def tiled_kernel(
     SOFTCAP: tl.constexpr,
     EMPTY_ROW: tl.constexpr,
     PRECISION: tl.constexpr,
+    ONE_LOOP: tl.constexpr,
 ):
     """Attention of one query block of one head.  Grid: (query blocks * HEADS, B).
+
+    Where an empty row still attends to all keys, it gets zeros here and a 1 in ``empty_rows`` (int8, contiguous [B,
+    HEADS, queries], written whole): ``empty_rows_kernel`` does the rest.  Done here, its loop would take registers from
+    every program (220 instead of 146 with 64 x 32 tiles, so that two instead of three programs fit on an SM).
+
+    ONE_LOOP decides tile by tile whether the mask is needed, else three loops run one after the other, each with its
+    own pipeline.
 
     Programs run in sections of heads whose keys and values fit in L2 together; within a section the last query
     blocks, which a causal mask makes the longest, go first, so that short ones fill the end.
@@ -697,10 +725,20 @@ def tiled_kernel(
     # Rows past the end repeat the last query, so that they widen no interval.
     position = tl.minimum(row, queries - 1)
     position64 = position.to(tl.int64)
+    # Before the bounds are waited for: the two latencies overlap.
+    column_k = tl.arange(0, BLOCK_DK)
+    query_base = query + batch64 * stride_qb + head64 * stride_qh
+    q = load_tile(
+        query_base, position64[:, None] * stride_qm + column_k[None, :], alive, column_k < DK, False, BLOCK_DK != DK
+    )
+
     first, stop = row_interval(bounds, batch, position, keys, CHUNK, HAS_BOUNDS)
     key_mask_needed = key_mask_is_needed(bounds, batch, HAS_BOUNDS, HAS_KEY_MASK)
-    range_first = tl.min(first, 0)
-    range_stop = tl.max(stop, 0)
+    # Both ends of the interval never fall from one query to the next, so that two rows stand for all: reductions over
+    # the block, with their barriers, would hold up the first load of keys.
+    range_first, full_stop = row_interval(bounds, batch, block * BLOCK_M, keys, CHUNK, HAS_BOUNDS)
+    last = tl.minimum(block * BLOCK_M + BLOCK_M, queries) - 1
+    full_first, range_stop = row_interval(bounds, batch, last, keys, CHUNK, HAS_BOUNDS)
 
     one_document = True
     query_ids = position
@@ -730,13 +768,15 @@ def tiled_kernel(
         range_stop = found_stop
         first = tl.maximum(first, range_first)
         stop = tl.minimum(stop, range_stop)
+        full_first = tl.maximum(full_first, range_first)
+        full_stop = tl.minimum(full_stop, range_stop)
         one_document = (lowest_id == highest_id) & (found == range_stop - range_first)
 
     # Tiles start at multiples of BLOCK_N, so that Triton knows the alignment of what it loads from a mask.
     range_first = range_first // BLOCK_N * BLOCK_N
     # Tiles of [full_first, full_stop) are visible to every row of the block.
-    full_first = (tl.max(first, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-    full_stop = full_first + tl.maximum(tl.min(stop, 0) - full_first, 0) // BLOCK_N * BLOCK_N
+    full_first = (full_first + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    full_stop = full_first + tl.maximum(full_stop - full_first, 0) // BLOCK_N * BLOCK_N
     no_full_tile = full_stop <= full_first
     if HAS_KEY_MASK:
         no_full_tile = no_full_tile | key_mask_needed
@@ -747,12 +787,7 @@ def tiled_kernel(
     full_first = tl.where(no_full_tile, range_first, full_first)
     full_stop = tl.where(no_full_tile, range_first, full_stop)
 
-    column_k = tl.arange(0, BLOCK_DK)
     column_v = tl.arange(0, BLOCK_DV)
-    query_base = query + batch64 * stride_qb + head64 * stride_qh
-    q = load_tile(
-        query_base, position64[:, None] * stride_qm + column_k[None, :], alive, column_k < DK, False, BLOCK_DK != DK
-    )
     key_base = key + batch64 * stride_kb + kv_head64 * stride_kh
     value_base = value + batch64 * stride_vb + kv_head64 * stride_vh
     key_mask_base = key_mask + batch64 * stride_key_mask_b
@@ -764,93 +799,179 @@ def tiled_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    for part in tl.static_range(3):
-        # Head tiles and tail tiles under the mask, the ones between without.
-        if part == 0:
-            begin = range_first
-            end = full_first
-        elif part == 1:
-            begin = full_first
-            end = full_stop
-        else:
-            begin = full_stop
-            end = range_stop
-        if part != 1 or MASK_KIND == 0:
-            accumulator, row_max, row_sum = attend_tiles(
-                accumulator,
-                row_max,
-                row_sum,
-                q,
-                begin,
-                end,
-                key_base,
-                value_base,
-                stride_kn,
-                stride_vn,
-                first,
-                stop,
-                key_mask_base,
-                stride_key_mask_n,
-                key_mask_needed,
-                query_ids,
-                key_documents_base,
-                stride_key_documents_n,
-                one_document,
-                mask_base,
-                mask_rows,
-                stride_mask_n,
-                scale,
-                softcap,
-                factor,
-                DK,
-                DV,
-                BLOCK_DK,
-                BLOCK_DV,
-                BLOCK_N,
-                HAS_KEY_MASK,
-                HAS_DOCUMENTS,
-                MASK_KIND,
-                SOFTCAP,
-                PRECISION,
-                part != 1,
-            )
+    parts: tl.constexpr = 1 if ONE_LOOP or MASK_KIND > 0 else 3
+    for part in tl.static_range(parts):
+        # Of three parts the one in the middle needs no mask.
+        begin = range_first
+        end = range_stop
+        if parts == 3:
+            if part == 0:
+                end = full_first
+            elif part == 1:
+                begin = full_first
+                end = full_stop
+            else:
+                begin = full_stop
+        accumulator, row_max, row_sum = attend_tiles(
+            accumulator,
+            row_max,
+            row_sum,
+            q,
+            begin,
+            end,
+            full_first,
+            full_stop,
+            key_base,
+            value_base,
+            stride_kn,
+            stride_vn,
+            first,
+            stop,
+            key_mask_base,
+            stride_key_mask_n,
+            key_mask_needed,
+            query_ids,
+            key_documents_base,
+            stride_key_documents_n,
+            one_document,
+            mask_base,
+            mask_rows,
+            stride_mask_n,
+            scale,
+            softcap,
+            factor,
+            DK,
+            DV,
+            BLOCK_DK,
+            BLOCK_DV,
+            BLOCK_N,
+            HAS_KEY_MASK,
+            HAS_DOCUMENTS,
+            MASK_KIND,
+            SOFTCAP,
+            PRECISION,
+            EVERY_TILE if MASK_KIND > 0 else TILES_OUTSIDE if parts == 1 else NO_TILE if part == 1 else EVERY_TILE,
+        )
 
     # A row that saw a key has a sum of at least one.
     empty = row_sum == 0.0
     result = accumulator / tl.where(empty, 1.0, row_sum)[:, None]
     if EMPTY_ROW == EMPTY_NAN:
         result = tl.where(empty[:, None], float("nan"), result)
-    # Nested: the outer condition is settled when Triton compiles, the inner one is a branch at run time.
     if EMPTY_ROW == EMPTY_MEAN or EMPTY_ROW == EMPTY_SAFE_MEAN or EMPTY_ROW == EMPTY_UNMASKED:
-        if tl.max(empty.to(tl.int32), 0) > 0:
-            fallback = all_keys_tile(
-                q,
-                keys,
-                key_base,
-                value_base,
-                stride_kn,
-                stride_vn,
-                mask_base,
-                mask_rows,
-                stride_mask_n,
-                scale,
-                softcap,
-                BLOCK_M,
-                DK,
-                DV,
-                BLOCK_DK,
-                BLOCK_DV,
-                BLOCK_N,
-                UNMASKED if EMPTY_ROW == EMPTY_UNMASKED else MASK_KIND,
-                SOFTCAP,
-                PRECISION,
-            )
-            if EMPTY_ROW == EMPTY_SAFE_MEAN:  # the softmax over a row of -inf is NaN
-                fallback = tl.where(fallback == fallback, fallback, 0.0)
-            result = tl.where(empty[:, None], fallback, result)
+        slot = (batch64 * HEADS + head) * queries + position
+        tl.store(empty_rows + slot, empty.to(tl.int8), mask=alive)
     out_rows = batch64 * stride_ob + head64 * stride_oh + position64 * stride_om
     tl.store(
         out + out_rows[:, None] + column_v[None, :],
         result.to(out.dtype.element_ty),
         mask=alive[:, None] & (column_v < DV)[None, :],
     )
+
+
+@triton.jit
+def empty_rows_kernel(
+    query,
+    key,
+    value,
+    mask,
+    empty_rows,
+    out,
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_mask_b,
+    stride_mask_h,
+    stride_mask_m,
+    stride_mask_n,
+    stride_ob,
+    stride_oh,
+    stride_om,
+    queries,
+    keys,
+    scale,
+    softcap,
+    HEADS: tl.constexpr,
+    HEADS_PER_PROGRAM: tl.constexpr,
+    GROUP: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DK: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASK_KIND: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    EMPTY_ROW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Fills the rows that ``tiled_kernel`` has marked in ``empty_rows``; the others it neither reads nor writes.
+
+    One program looks at one query block of HEADS_PER_PROGRAM (a power of two) heads: mostly there is nothing to do, and
+    fewer programs are through sooner.  Grid: (query blocks * ceil(HEADS / HEADS_PER_PROGRAM), B).
+    """
+    # Inductor passes Python floats as float64.
+    scale = tl.cast(scale, tl.float32)
+    softcap = tl.cast(softcap, tl.float32)
+    batch64 = tl.program_id(1).to(tl.int64)
+    blocks = (queries + BLOCK_M - 1) // BLOCK_M
+    block = tl.program_id(0) % blocks
+    first_head = tl.program_id(0) // blocks * HEADS_PER_PROGRAM
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    alive = row < queries
+    heads = first_head + tl.arange(0, HEADS_PER_PROGRAM)
+    slots = (batch64 * HEADS + heads[:, None]) * queries + row[None, :]
+    marks = tl.load(empty_rows + slots, mask=(heads < HEADS)[:, None] & alive[None, :], other=0).to(tl.int32)
+    if tl.max(tl.max(marks, 1), 0) > 0:
+        position = tl.minimum(row, queries - 1)
+        position64 = position.to(tl.int64)
+        column_k = tl.arange(0, BLOCK_DK)
+        column_v = tl.arange(0, BLOCK_DV)
+        mask_rows = (position - block * BLOCK_M) * stride_mask_m
+        block_start = (block * BLOCK_M).to(tl.int64)
+        for head in tl.range(first_head, tl.minimum(first_head + HEADS_PER_PROGRAM, HEADS)):
+            head64 = tl.cast(head, tl.int64)
+            kv_head64 = head64 // GROUP
+            slot = (batch64 * HEADS + head) * queries + row
+            empty = tl.load(empty_rows + slot, mask=alive, other=0) != 0
+            if tl.max(empty.to(tl.int32), 0) > 0:
+                query_rows = batch64 * stride_qb + head64 * stride_qh + position64 * stride_qm
+                q = load_tile(
+                    query, query_rows[:, None] + column_k[None, :], alive, column_k < DK, False, BLOCK_DK != DK
+                )
+                result = all_keys_tile(
+                    q,
+                    keys,
+                    key + batch64 * stride_kb + kv_head64 * stride_kh,
+                    value + batch64 * stride_vb + kv_head64 * stride_vh,
+                    stride_kn,
+                    stride_vn,
+                    mask + batch64 * stride_mask_b + head64 * stride_mask_h + block_start * stride_mask_m,
+                    mask_rows,
+                    stride_mask_n,
+                    scale,
+                    softcap,
+                    BLOCK_M,
+                    DK,
+                    DV,
+                    BLOCK_DK,
+                    BLOCK_DV,
+                    BLOCK_N,
+                    UNMASKED if EMPTY_ROW == EMPTY_UNMASKED else MASK_KIND,
+                    SOFTCAP,
+                    PRECISION,
+                )
+                if EMPTY_ROW == EMPTY_SAFE_MEAN:  # the softmax over a row of -inf is NaN
+                    result = tl.where(result == result, result, 0.0)
+                out_rows = batch64 * stride_ob + head64 * stride_oh + position64 * stride_om
+                tl.store(
+                    out + out_rows[:, None] + column_v[None, :],
+                    result.to(out.dtype.element_ty),
+                    mask=empty[:, None] & (column_v < DV)[None, :],
+                )

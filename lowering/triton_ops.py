@@ -1,6 +1,6 @@
 """The Triton kernels as functions and as ``torch.library.triton_op`` ops, with the calling convention of ``attend``.
 
-``split_kv`` and ``tiled`` launch at once; ``split_kv_v1`` and ``tiled_v1`` are ops that make_fx, AOTAutograd and
+``split_kv`` and ``tiled`` launch at once; ``split_kv_v1`` and ``tiled_v2`` are ops that make_fx, AOTAutograd and
 Inductor trace through, so that a compiled graph launches the kernels itself.  Both ways share the ``_run_*`` functions,
 which read sizes, strides and dtypes only: grids never depend on values, as CUDA graphs need.
 Forward only.  Importing this module works without Triton; ``available`` says what is missing.
@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch.library import triton_op, wrap_triton
 
-from .semantic import attend_output
+from .semantic import EMPTY_ROW, attend_output
 
 try:
     # By name: torch finds the kernels of a triton_op in this module's names and puts their sources in its cache keys.
-    from .triton_kernels import combine_kernel, split_kernel, tiled_kernel
+    from .triton_kernels import combine_kernel, empty_rows_kernel, split_kernel, tiled_kernel
 except ImportError as error:
     _missing: str | None = f"triton cannot be imported: {error}"
 else:
@@ -25,16 +25,22 @@ LOG2E = 1.4426950408889634
 MAX_HEAD_SIZE = 256
 MAX_SPLITS = 64
 
+# Heads a program of ``empty_rows_kernel`` looks at.
+FILL_HEADS = 4
+# Modes in which a row without visible keys attends to all of them.
+FILLED_EMPTY_ROWS = (EMPTY_ROW["mean"], EMPTY_ROW["safe mean"], EMPTY_ROW["unmasked"])
+
 Launcher = Any
 
 
 class TileConfig(NamedTuple):
-    """Launch parameters of ``tiled``."""
+    """Launch parameters of ``tiled``; ``one_loop`` as ONE_LOOP of ``tiled_kernel``."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    one_loop: bool = False
 
 
 class SplitConfig(NamedTuple):
@@ -51,14 +57,14 @@ def available() -> str | None:
     return _missing
 
 
-def tile_config(
-    dtype: torch.dtype, head_size: int, queries: int | torch.SymInt, reads_every_pair: bool = False
-) -> TileConfig:
+def tile_config(dtype: torch.dtype, head_size: int, queries: int | torch.SymInt) -> TileConfig:
     """Tile sizes of ``tiled`` for a head size (the larger one of keys and values).
 
     Query, accumulator and scores of a block live in registers and K/V of each stage in shared memory (227 KiB on an
     H200): 128 query rows over 8 warps are two Hopper warp groups, and larger heads leave room for fewer keys.
-    Up to 1024 queries smaller blocks fill the machine more evenly (210 against 233 us for B=8, S=1024, H=32, D=128).
+    Up to 1024 queries smaller blocks fill the machine more evenly, and 64 x 32 is the largest tile of which three
+    programs fit on an SM (``python benchmarks/kernels.py --dry``), whose products and exponentials then overlap: 203 us
+    for B=8, S=1024, H=32, D=128 on an H200 against 210 for 64 x 64 and 233 for 128 x 128.
     Float32 runs without tensor cores, where small tiles avoid spills.  A symbolic number of queries gets the tile of
     a long prefill: choosing by it would add a guard.
     """
@@ -66,10 +72,18 @@ def tile_config(
     if dtype == torch.float32:
         return TileConfig(32, 32, 4, 2 if block <= 64 else 1)
     if isinstance(queries, int) and queries <= 1024:
-        return TileConfig(64, 64, 4, 3 if block <= 128 else 2)
+        return TileConfig(64, 32, 4, 3) if block <= 128 else TileConfig(64, 64, 4, 2)
     if block <= 128:
         return TileConfig(128, 128, 8, 3)
     return TileConfig(128, 64, 8, 2)
+
+
+def fill_config(dtype: torch.dtype) -> TileConfig:
+    """Tile sizes of ``empty_rows_kernel``: small ones, so that many programs fit on an SM and find out together that
+    there is nothing to do."""
+    if dtype == torch.float32:
+        return TileConfig(32, 32, 4, 1)
+    return TileConfig(64, 32, 4, 2)
 
 
 def split_config(dtype: torch.dtype, head_size: int) -> SplitConfig:
@@ -135,7 +149,7 @@ def tiled(
 ) -> torch.Tensor:
     """``attend`` for any number of queries; strides, dtypes and head sizes as for :func:`split_kv`."""
     return _run_tiled(
-        tiled_kernel,
+        (tiled_kernel, empty_rows_kernel),
         query,
         key,
         value,
@@ -174,8 +188,8 @@ def split_kv_v1(
     return _run_split_kv(launchers, query, key, value, bounds, key_mask, mask, scale, softcap, chunk, empty_row)
 
 
-@triton_op("lz_compile::tiled_v1", mutates_args={})
-def tiled_v1(
+@triton_op("lz_compile::tiled_v2", mutates_args={})
+def tiled_v2(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -191,7 +205,7 @@ def tiled_v1(
 ) -> torch.Tensor:
     """:func:`tiled` as an op, with the signature of ``attend``."""
     return _run_tiled(
-        wrap_triton(tiled_kernel),
+        (wrap_triton(tiled_kernel), wrap_triton(empty_rows_kernel)),
         query,
         key,
         value,
@@ -292,7 +306,7 @@ def _run_split_kv(
 
 
 def _run_tiled(
-    launcher: Launcher,
+    launchers: tuple[Launcher, Launcher],
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -312,52 +326,73 @@ def _run_tiled(
     kv_heads, keys, value_size = int(value.shape[1]), value.shape[2], value.shape[3]
     has_documents = query_documents is not None and key_documents is not None
     if config is None:
-        config = tile_config(query.dtype, max(head_size, value_size), queries, mask is not None or has_documents)
-    out = attend_output(query, value)
+        config = tile_config(query.dtype, max(head_size, value_size), queries)
+    # The memory of ``attend_output``.  Both kernels write to its owner rather than to a transposed view, so that
+    # Inductor need not see through views to let them do so in place.
+    out = query.new_empty(batch, queries, heads, value_size)
+    fills = empty_row in FILLED_EMPTY_ROWS
+    empty_rows = query.new_empty((batch, heads, queries), dtype=torch.int8) if fills else query
     mask_kind, mask_strides = _mask_layout(mask, query, keys)
-    launcher[(_ceil_div(queries, config.block_m) * heads, batch)](
-        query=query,
-        key=key,
-        value=value,
+    shared: dict[str, Any] = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "mask": query if mask is None else mask,
+        "out": out,
+        "empty_rows": empty_rows,
+        **_strides("q", query, "bhm"),
+        **_strides("k", key, "bhn"),
+        **_strides("v", value, "bhn"),
+        **mask_strides,
+        **_strides("o", out, "bmh"),
+        "queries": queries,
+        "keys": keys,
+        "scale": scale,
+        "softcap": softcap,
+        "HEADS": heads,
+        "GROUP": int(heads) // kv_heads,
+        "DK": head_size,
+        "DV": value_size,
+        "BLOCK_DK": _power_of_two(head_size),
+        "BLOCK_DV": _power_of_two(value_size),
+        "MASK_KIND": mask_kind,
+        "SOFTCAP": softcap != 0.0,
+        "EMPTY_ROW": empty_row,
+        "PRECISION": _dot_precision(query.dtype),
+    }
+    attend_tiles, fill_empty_rows = launchers
+    attend_tiles[(_ceil_div(queries, config.block_m) * heads, batch)](
         bounds=query if bounds is None else bounds,
         key_mask=query if key_mask is None else key_mask,
         query_documents=query if query_documents is None else query_documents,
         key_documents=query if key_documents is None else key_documents,
-        mask=query if mask is None else mask,
-        out=out,
-        **_strides("q", query, "bhm"),
-        **_strides("k", key, "bhn"),
-        **_strides("v", value, "bhn"),
         **_optional_strides("key_mask", key_mask, "bn"),
         **_optional_strides("query_documents", query_documents, "bm"),
         **_optional_strides("key_documents", key_documents, "bn"),
-        **mask_strides,
-        **_strides("o", out, "bhm"),
-        queries=queries,
-        keys=keys,
-        scale=scale,
-        softcap=softcap,
         factor=_exponent_factor(scale, softcap),
-        HEADS=heads,
-        GROUP=int(heads) // kv_heads,
-        DK=head_size,
-        DV=value_size,
-        BLOCK_DK=_power_of_two(head_size),
-        BLOCK_DV=_power_of_two(value_size),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         CHUNK=chunk,
         HAS_BOUNDS=bounds is not None,
         HAS_KEY_MASK=key_mask is not None,
         HAS_DOCUMENTS=has_documents,
-        MASK_KIND=mask_kind,
-        SOFTCAP=softcap != 0.0,
-        EMPTY_ROW=empty_row,
-        PRECISION=_dot_precision(query.dtype),
+        ONE_LOOP=config.one_loop,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **shared,
     )
-    return out
+    if fills:
+        tiles = fill_config(query.dtype)
+        head_blocks = _ceil_div(int(heads), FILL_HEADS)
+        fill_empty_rows[(_ceil_div(queries, tiles.block_m) * head_blocks, batch)](
+            HEADS_PER_PROGRAM=FILL_HEADS,
+            BLOCK_M=tiles.block_m,
+            BLOCK_N=tiles.block_n,
+            num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages,
+            **shared,
+        )
+    return out.transpose(1, 2)
 
 
 def _with_positive_scale(query: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:

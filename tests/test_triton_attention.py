@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from lz_compile.lowering import triton_ops
 from lz_compile.lowering.semantic import (
     BOUND_COLUMNS,
+    EMPTY_ROW,
     HOLES,
     LOWER,
     NO_LOWER,
@@ -280,6 +281,65 @@ def test_a_query_document_without_keys_is_an_empty_row() -> None:
         assert_is_attend(tiled, {**arguments, "empty_row": empty_row})
 
 
+EMPTY_ROWS = st.sampled_from(sorted(EMPTY_ROW.values()))
+
+
+@settings(max_examples=14, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_rows_that_see_no_key_are_filled_wherever_they_lie(data: st.DataObject) -> None:
+    """Left or right padding leaves whole blocks, parts of a block, or nothing empty; a block that is empty in one head
+    may not be in another."""
+    kv_heads, group = data.draw(st.sampled_from([(1, 1), (1, 3), (2, 2), (1, 6)]))
+    heads, queries, keys = kv_heads * group, data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40))
+    arguments = qkv(2, heads, kv_heads, queries, keys, 16, data.draw(st.sampled_from([16, 24])))
+    padding = [data.draw(st.integers(0, keys)) for _ in range(2)]
+    side = {"start": padding} if data.draw(st.booleans()) else {"stop": padding, "lower": -data.draw(st.integers(0, 9))}
+    arguments["bounds"] = bounds_of(2, keys, upper=data.draw(st.integers(-20, 10)), **side)
+    arguments["empty_row"] = data.draw(EMPTY_ROWS)
+    kind = data.draw(st.sampled_from(["none", "key padding", "documents", "boolean", "additive", "additive with -inf"]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    if kind == "key padding":
+        arguments["key_mask"] = (torch.rand(2, keys, generator=generator) < 0.2).to(DEVICE)
+        arguments["bounds"][:, HOLES] = 1
+    elif kind == "documents":
+        arguments["query_documents"] = torch.randint(0, 4, (2, queries), generator=generator).to(DEVICE)
+        arguments["key_documents"] = torch.randint(1, 9, (2, keys), generator=generator).to(DEVICE)
+    elif kind != "none":
+        visible = (torch.rand(2, heads, queries, keys, generator=generator) < 1.0 / keys).to(DEVICE)
+        visible[:, -1] = True
+        hidden = -torch.inf if kind == "additive with -inf" else None
+        arguments["mask"] = visible if kind == "boolean" else additive(visible, hidden=hidden)
+    assert_is_attend(tiled, arguments)
+
+
+@pytest.mark.parametrize("kind", ["none", "boolean", "additive"])
+def test_empty_rows_take_the_softcap_that_other_rows_take(kind: str) -> None:
+    arguments = {**qkv(batch=1, queries=20, keys=40, key_size=16, value_size=16), "softcap": 2.0, "empty_row": 4}
+    arguments["bounds"] = bounds_of(1, 40, upper=-4, start=9)
+    if kind != "none":
+        visible = random_mask(1, 4, 20, 40)
+        arguments["mask"] = visible if kind == "boolean" else additive(visible)
+    for empty_row in (1, 4):
+        assert_is_attend(tiled, {**arguments, "empty_row": empty_row})
+
+
+def test_rows_that_see_a_key_are_not_touched_by_the_fill() -> None:
+    """Bit by bit the same as without one, in a block that it does fill."""
+    arguments = {**qkv(queries=30), "bounds": bounds_of(2, 75, upper=[-7, 40])}
+    zeros, filled = (tiled(**arguments, empty_row=empty_row) for empty_row in (0, 4))
+    assert not zeros[0, :, :7].any() and filled[0, :, :7].any()
+    torch.testing.assert_close(filled[0, :, 7:], zeros[0, :, 7:], atol=0, rtol=0)
+    torch.testing.assert_close(filled[1], zeros[1], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["causal", "window", "key padding", "chunk"])
+def test_one_loop_over_all_tiles_gives_the_answer_of_three(case: str) -> None:
+    arguments = {**qkv(heads=2, queries=52, keys=70, key_size=16, value_size=16), **CASES[case](2, 2, 52, 70)}
+    assert_is_attend(
+        lambda **kwargs: triton_ops.tiled(**kwargs, config=triton_ops.TileConfig(16, 16, 4, 2, True)), arguments
+    )
+
+
 def test_a_key_mask_is_not_read_when_the_bounds_say_that_it_has_no_holes() -> None:
     for kernel in (split_kv, tiled):
         arguments = {**qkv(), "bounds": bounds_of(2, 75, stop=[20, 60], holes=0)}
@@ -336,7 +396,7 @@ def test_the_fake_op_has_the_strides_of_the_kernel() -> None:
         pytest.skip("wrap_triton refuses kernels of the interpreter")
     with FakeTensorMode() as mode:
         arguments = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in qkv().items()}
-        for op in (triton_ops.split_kv_v1, triton_ops.tiled_v1):
+        for op in (triton_ops.split_kv_v1, triton_ops.tiled_v2):
             assert op(**arguments).stride() == attend_output(arguments["query"], arguments["value"]).stride()
 
 
@@ -382,7 +442,54 @@ class TestOnGpu:
         for mask in (visible, additive(visible, torch.bfloat16)):
             assert_is_attend(kernel, {**self.sizes(16), "mask": mask, "empty_row": empty_row})
 
-    @pytest.mark.parametrize("queries, op", [(1, triton_ops.split_kv_v1), (300, triton_ops.tiled_v1)])
+    @pytest.mark.parametrize("empty_row", EMPTY_ROW.values(), ids=EMPTY_ROW)
+    @pytest.mark.parametrize("case", ["left padding", "right padding", "documents", "additive mask"])
+    @pytest.mark.parametrize("size, dtype", [(128, torch.bfloat16), (80, torch.float16), (256, torch.bfloat16)])
+    def test_blocks_of_empty_rows_are_filled_with_the_real_tiles(
+        self, size: int, dtype: torch.dtype, case: str, empty_row: int
+    ) -> None:
+        arguments = {**qkv(2, 8, 2, 300, 333, size, size, dtype), "empty_row": empty_row}
+        if case == "left padding":
+            arguments["bounds"] = bounds_of(2, 333, upper=0, start=[0, 170])
+        elif case == "right padding":
+            arguments["bounds"] = bounds_of(2, 333, upper=0, lower=-20, stop=[333, 90])
+        elif case == "documents":
+            arguments["query_documents"] = torch.arange(300, device=DEVICE)[None].expand(2, 300) // 50
+            arguments["key_documents"] = torch.arange(333, device=DEVICE)[None].expand(2, 333) // 100
+        else:
+            visible = random_mask(2, 8, 300, 333)
+            visible[0, 3] = False
+            visible[1, :, 100:180] = False
+            arguments["mask"] = additive(visible, dtype)
+        assert_is_attend(triton_ops.tiled, arguments)
+
+    def test_empty_rows_may_appear_in_the_replay_of_a_captured_graph(self) -> None:
+        arguments = {**self.sizes(300), "bounds": bounds_of(2, 1000, upper=700), "empty_row": 4}
+        triton_ops.tiled_v2(**arguments)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = triton_ops.tiled_v2(**arguments)
+        for upper in ([-100, 20], [-400, -299], [0, 0]):
+            arguments["bounds"].copy_(bounds_of(2, 1000, upper=upper))
+            graph.replay()
+            assert_is_attend(lambda **_: captured, arguments)
+
+    @pytest.mark.parametrize("dynamic", [False, True])
+    def test_torch_compile_fills_empty_rows_in_place(self, dynamic: bool) -> None:
+        """The result, the marks of empty rows, and no copy of either."""
+        compiled = torch.compile(
+            lambda kwargs: triton_ops.tiled_v2(**kwargs, empty_row=4), fullgraph=True, dynamic=dynamic
+        )
+        arguments = {**self.sizes(300), "bounds": bounds_of(2, 1000, upper=[-100, 20])}
+        assert_is_attend(lambda empty_row, **kwargs: compiled(kwargs), {**arguments, "empty_row": 4})
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out = compiled(arguments)
+        torch.cuda.synchronize()
+        assert torch.cuda.max_memory_allocated() - before < 1.5 * out.numel() * out.element_size()
+
+    @pytest.mark.parametrize("queries, op", [(1, triton_ops.split_kv_v1), (300, triton_ops.tiled_v2)])
     def test_a_captured_graph_follows_bounds_that_change(self, queries: int, op: Kernel) -> None:
         arguments = {**self.sizes(queries), "bounds": bounds_of(2, 1000, upper=200, stop=[100, 400])}
         op(**arguments)
@@ -393,7 +500,7 @@ class TestOnGpu:
         graph.replay()
         assert_is_attend(lambda **_: captured, arguments)
 
-    @pytest.mark.parametrize("queries, op", [(1, triton_ops.split_kv_v1), (300, triton_ops.tiled_v1)])
+    @pytest.mark.parametrize("queries, op", [(1, triton_ops.split_kv_v1), (300, triton_ops.tiled_v2)])
     @pytest.mark.parametrize("dynamic", [False, True])
     @pytest.mark.parametrize("case", ["causal with an offset a row", "boolean mask", "additive mask"])
     def test_torch_compile_launches_the_kernels_itself(
