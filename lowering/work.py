@@ -1,0 +1,59 @@
+"""What an attention kernel that skips hidden keys executes and moves, for the roofline estimate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lz_compile.mask import Bound, MaskForm
+from lz_compile.region import Region, Work
+
+
+def attention_work(region: Region, efficiency: float, launches: int = 1) -> Work:
+    """Floating-point operations and bytes of a kernel that reads each visible key once per key/value head.
+
+    Both products count, over the (query, key) pairs that static limits leave; a limit known at run time only is taken
+    as half the keys.  Symbolic sizes count as their hints, without a guard.
+    """
+    a = region.attention
+    assert a is not None
+    query, _, value = a.fake()
+    batch, heads, kv_heads = _size(query.shape[0]), _size(query.shape[1]), _size(value.shape[1])
+    queries, keys = _size(query.shape[2]), _size(value.shape[2])
+    sizes = _size(query.shape[3]) + _size(value.shape[3])
+    pairs, touched = visible_pairs(a.mask, queries, keys)
+    flops = 2.0 * batch * heads * pairs * sizes
+    elements = batch * sizes * (heads * queries + kv_heads * touched)
+    return Work(flops, float(elements * query.dtype.itemsize), efficiency, launches)
+
+
+def visible_pairs(mask: MaskForm, queries: int, keys: int) -> tuple[float, float]:
+    """How many (query, key) pairs a mask leaves, and how many keys some query sees; of one batch row and head."""
+    reach = keys / 2 if any(not bound.is_static for bound in (*mask.upper, *mask.stop)) else float(keys)
+    first = max([0, *_static(mask.start)])
+    last = min([keys, *_static(mask.stop)])
+    upper = min(_static(mask.upper), default=keys)
+    lower = max(_static(mask.lower), default=-queries)
+    shown = _clamped_sum(upper + 1, queries, first, last) - _clamped_sum(lower, queries, first, last)
+    seen = min(last, queries + upper) - max(first, lower)
+    return max(shown, 0) * reach / keys if keys else 0.0, max(0.0, min(float(seen), reach))
+
+
+def _clamped_sum(offset: int, count: int, low: int, high: int) -> int:
+    """The sum of ``min(max(q + offset, low), high)`` over ``0 <= q < count``."""
+    if high <= low:
+        return low * count
+    below = min(max(low - offset, 0), count)
+    above = min(max(count - (high - offset), 0), count - below)
+    between = count - below - above
+    return low * below + high * above + between * (below + offset) + between * (between - 1) // 2
+
+
+def _static(bounds: tuple[Bound, ...]) -> list[int]:
+    return [bound.const for bound in bounds if bound.is_static]
+
+
+def _size(size: Any) -> int:
+    if isinstance(size, int):
+        return size
+    hint = getattr(size.node, "hint", None)
+    return int(hint) if hint is not None else 1
