@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.fx as fx
 
@@ -19,10 +19,13 @@ from lz_compile import config
 from lz_compile.aliasing import Aliases
 from lz_compile.normalize import LeftAlone, module_path, normalize, spell_out_constants
 from lz_compile.options import split_options
-from lz_compile.plan import INDUCTOR, Plan, first_fit
-from lz_compile.region import Region
+from lz_compile.policy import PolicyError
+from lz_compile.region import INDUCTOR, Region
 from lz_compile.report import GraphReport, RegionReport, publish, watched
-from lz_compile.rewrite import rewrite
+from lz_compile.rewrite import is_copied, laid_out, rewrite
+
+if TYPE_CHECKING:
+    from lz_compile.plan import Plan
 
 log = logging.getLogger("lz_compile")
 
@@ -46,7 +49,7 @@ def layerzero(
     ours, inductor = split_options(mode, options)
     with config.patch(ours):
         report = GraphReport.start(mode, options)
-        rewritten = improve(module, report)
+        rewritten = improve(module, report, inductor)
         with report.step("Inductor"):
             compiled = _compile(compile_fx, module, rewritten, example_inputs, inductor, report)
     publish(report)
@@ -63,8 +66,16 @@ def _reset() -> None:
 layerzero.reset = _reset  # type: ignore[attr-defined]
 
 
-def improve(module: fx.GraphModule, report: GraphReport) -> fx.GraphModule | None:
-    """The rewritten graph, or None when nothing was replaced; the report says why."""
+def improve(
+    module: fx.GraphModule, report: GraphReport, inductor: dict[str, Any] | None = None
+) -> fx.GraphModule | None:
+    """The rewritten graph, or None when nothing was replaced; the report says why.
+
+    ``inductor`` are the config patches that Inductor will get.
+
+    Raises:
+        PolicyError: the user's policy cannot be read, or a lock in it cannot be honoured.
+    """
     with report.step("normalise") as receipt:
         normal = None
         with _left_to_inductor(report, "normalise"):
@@ -75,18 +86,24 @@ def improve(module: fx.GraphModule, report: GraphReport) -> fx.GraphModule | Non
         receipt.note = f"{len(module.graph.nodes)} Dynamo nodes, {len(normal.graph.nodes)} ATen nodes"
     replaced = 0
     with _left_to_inductor(report, "rewrite"):
-        replaced = _transform(normal, report)
+        replaced = _transform(normal, report, inductor or {})
         if replaced:
             spell_out_constants(normal)
     return normal if replaced else None
 
 
-def _transform(normal: fx.GraphModule, report: GraphReport) -> int:
+def _transform(normal: fx.GraphModule, report: GraphReport, inductor: dict[str, Any]) -> int:
+    from lz_compile.graph_safety import skipped_reasons
     from lz_compile.lowering.emit import Emitter
-    from lz_compile.lowering.kernels import KERNELS
+    from lz_compile.lowering.inductor import attention_as_it_stood
+    from lz_compile.lowering.kernels import kernels, providers
+    from lz_compile.measure import Terms
     from lz_compile.patterns.attention import find_attention
     from lz_compile.patterns.rope_tables import find_rope_tables
+    from lz_compile.plan import Market, joint
+    from lz_compile.policy import active
 
+    policy = active()
     with report.step("match") as receipt:
         aliases = Aliases(normal.graph)
         regions: list[Region] = []
@@ -99,16 +116,28 @@ def _transform(normal: fx.GraphModule, report: GraphReport) -> int:
         report.reason = report.reason or "nothing to replace"
         return 0
     with report.step("plan") as receipt:
-        plan = first_fit(regions, KERNELS)
+        graphs = _uses_cuda_graphs(inductor)
+        terms = Terms(config.measure, config.measure_budget, graphs, inductor, Emitter, laid_out)
+        market = Market(kernels(), {provider.name: provider for provider in providers()}, attention_as_it_stood)
+        plan = joint(regions, market, terms, policy, report.mode, is_copied)
         # A table that no kernel stores is what Inductor does anyway: nothing to report.
-        plan.choices = [c for c in plan.choices if c.kernel is not None or c.region.kind == "attention"]
-        receipt.note = plan.planner
+        plan.choices = [c for c in plan.choices if c.kernel is not None or c.region.kind != "rope_table"]
+        receipt.note = "; ".join([plan.planner, *plan.notes])
+        report.cost, report.greedy_cost = plan.cost, plan.greedy_cost
+        if graphs:
+            report.cuda_graphs = skipped_reasons(normal.graph)
     described = [RegionReport.describe(choice) for choice in plan.choices]
     with report.step("rewrite") as receipt:
         replaced = rewrite(normal, aliases, plan, Emitter)
         receipt.note = f"{replaced} of {len(regions)} regions replaced"
     report.regions = _settled(described, plan)
     return replaced
+
+
+def _uses_cuda_graphs(inductor: dict[str, Any]) -> bool:
+    import torch._inductor.config as inductor_config
+
+    return bool(inductor.get("triton.cudagraphs", inductor_config.triton.cudagraphs))
 
 
 def _settled(described: list[RegionReport], plan: Plan) -> list[RegionReport]:
@@ -127,6 +156,8 @@ def _left_to_inductor(report: GraphReport, step: str) -> Iterator[None]:
         yield
     except LeftAlone as reason:
         report.reason = str(reason)
+    except PolicyError:
+        raise
     except Exception as error:
         if config.strict:
             raise

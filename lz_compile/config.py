@@ -5,6 +5,7 @@ Set them for the process (``lz_compile.config.strict = True``), for a block
 (``torch.compile(model, backend="layerzero", options={"strict": True})``).
 """
 
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,24 @@ strict: bool = False
 # Kernels that may not be used: globs over kernel names, such as ["triton.*"].
 disable: list[str] = []
 
-# Kernels to be tried before the others, in this order: globs over kernel names.
+# Where one of these kernels can run a region, no other competes: globs over kernel names, earlier ones first.
 prefer: list[str] = []
+
+# "auto" qualifies and times kernels that are not in the performance database yet, "cached" uses what is there, "off"
+# estimates every kernel from shapes.  LZ_COMPILE_MEASURE sets it for a process.
+measure: str = os.environ.get("LZ_COMPILE_MEASURE", "auto")
+
+# Seconds that measuring may take for one graph, compilation of kernels included.
+measure_budget: float = 10.0
+
+# A policy for this compile: a YAML file or its text (see lz_compile.policy).
+policy: str = ""
 
 # Region kinds to look for; an empty list leaves every graph to Inductor.
 kinds: list[str] = ["attention", "rope_table"]
+
+# Values of settings that take one of a few words.
+_WORDS = {"measure": ("auto", "cached", "off")}
 
 if TYPE_CHECKING:
 

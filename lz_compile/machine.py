@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import device as Device
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Machine:
     torch: str
 
     @classmethod
-    def of(cls, device: torch.device) -> Machine:
+    def of(cls, device: Device) -> Machine:
         """The machine behind a device; costs nothing after the first call."""
         if device.type == "cuda":
             index = device.index if device.index is not None else torch.cuda.current_device()

@@ -134,7 +134,9 @@ def readable_input(node: fx.Node) -> str:
 def readable_source(name: str) -> str:
     """``L['self']._modules['model']._modules['layers']._modules['0']`` -> ``model.layers.0``."""
     name = re.sub(r"\._(modules|parameters|buffers)\['([^']*)'\]", r".\2", name)
-    name = re.sub(r"^L\['(self|kwargs|args)'\]", "", name)
+    # Behind a decorator the module is the first of *args.
+    name = re.sub(r"^L\['args'\]\[0\](?=\.)", "", name)
+    name = re.sub(r"^L\['(self|kwargs)'\]", "", name)
     name = re.sub(r"^L\['([^']*)'\]", r"\1", name)
     name = re.sub(r"\['([^']*)'\]", r".\1", name)
     name = re.sub(r"\[(\d+)\]", r".\1", name)

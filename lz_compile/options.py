@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from typing import Any
 
 from lz_compile import config
@@ -51,10 +52,19 @@ def _checked(name: str, value: Any, default: Any) -> Any:
         value = [value]
     if isinstance(value, tuple):
         value = list(value)
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if name == "policy" and isinstance(value, os.PathLike):
+        value = os.fspath(value)
     if not isinstance(value, type(default)):
         raise OptionError(f"option {name!r} takes a {type(default).__name__}, not {value!r}")
     if isinstance(value, list) and not all(isinstance(item, str) for item in value):
         raise OptionError(f"option {name!r} takes a list of strings, not {value!r}")
+    words = config._WORDS.get(name)
+    if words and value not in words:
+        near = difflib.get_close_matches(value, words, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise OptionError(f"option {name!r} takes {', '.join(map(repr, words))}, not {value!r}{hint}")
     return value
 
 

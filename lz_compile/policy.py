@@ -44,11 +44,11 @@ from pathlib import Path
 from typing import Any
 
 from lz_compile import config
+from lz_compile.region import INDUCTOR
 
 log = logging.getLogger("lz_compile")
 
 VARIABLE = "LZ_COMPILE_POLICY"
-INDUCTOR = "inductor"
 ACTIONS = ("lock", "allow", "deny", "boost")
 OPERATORS = ("==", "!=", "<", "<=", ">", ">=", "in", "not_in", "match")
 

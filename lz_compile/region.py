@@ -84,7 +84,8 @@ class Region:
 
     ``output`` is the node whose value the kernel gives; ``nodes`` are those that no one else uses, in graph order.
     ``module`` is the module path, such as ``model.layers.0.self_attn``.  ``declined`` is set when the site was seen but
-    may not be replaced, with the reason.
+    may not be replaced, with the reason.  ``inputs`` are the values that enter a region without ``attention``.
+    ``covers`` are smaller regions of the same graph that this one spans: it runs by one kernel, or they run apart.
     """
 
     kind: str
@@ -96,7 +97,12 @@ class Region:
     key_cache: CacheWrite | None = None
     value_cache: CacheWrite | None = None
     declined: str = ""
+    inputs: tuple[fx.Node, ...] = ()
+    covers: tuple[Region, ...] = ()
 
+
+# What stands for a kernel's name where a region is left as it is.
+INDUCTOR = "inductor"
 
 # Why a kernel cannot take a region, or None when it can.
 Verdict = str | None
@@ -125,8 +131,8 @@ class Kernel:
     package works on this machine is asked before, of the :class:`Provider`.  ``emit`` inserts the call in front of
     ``region.output`` through the :class:`~lz_compile.lowering.emit.Emitter` it is given and returns the node that
     replaces it.  ``backward`` says whether gradients flow through it.  ``cuda_graphs`` says what makes it safe to
-    capture, empty when it is not.  ``work`` feeds the estimate of its time where nothing was measured; ``first_call`` says how
-    many seconds the first call may compile for (0 when it is compiled already), which measuring has to afford.
+    capture, empty when it is not.  ``work`` feeds the estimate of its time where nothing was measured; ``first_call``
+    says for how many seconds the first call may compile (0 when it did already), which measuring has to afford.
     """
 
     name: str
@@ -151,7 +157,8 @@ class Provider:
 
     ``distributions`` are the names under which package indexes know the library; empty for what comes with PyTorch or
     with us.  ``probe`` is ``"module:function"``: a function without arguments that imports the library, makes one tiny
-    call and raises when that fails; it runs in a child process (:mod:`lz_compile.discovery`), so it may crash or hang.
+    call and raises when that fails; it may return a mapping whose keys are the kernels that work, by the last part of
+    their names.  It runs in a child process (:mod:`lz_compile.discovery`), so it may crash or hang.
     """
 
     name: str

@@ -12,11 +12,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lz_compile.plan import INDUCTOR, Choice
+from lz_compile.region import INDUCTOR
+
+if TYPE_CHECKING:
+    from lz_compile.measure import Figure
+    from lz_compile.plan import Choice
 
 _MAX_REPORTS = 1024
 _published: list[GraphReport] = []
@@ -33,11 +37,46 @@ class Receipt:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """What competed for a site: its time in microseconds, where that comes from (``measured`` in this compile,
+    ``remembered`` from an earlier one, ``estimated`` from shapes), and the evidence of its qualification.
+
+    ``spread`` is the standard deviation of the samples in microseconds, ``error`` the largest error over its tolerance.
+    """
+
+    kernel: str
+    microseconds: float
+    source: str
+    spread: float = 0.0
+    error: float | None = None
+    graph_safe: bool | None = None
+    pool_bytes: int | None = None
+
+    @classmethod
+    def of(cls, kernel: str, figure: Figure) -> Candidate:
+        return cls(
+            kernel,
+            1e6 * figure.seconds,
+            figure.source,
+            1e6 * figure.spread,
+            figure.error,
+            figure.graph_safe,
+            figure.pool_bytes,
+        )
+
+    def __str__(self) -> str:
+        checks = [] if self.error is None else [f"error {self.error:.2g} of its tolerance"]
+        checks += ["replays right"] if self.graph_safe else []
+        return f"{self.kernel} {self.microseconds:.4g} us {self.source}" + (f" ({', '.join(checks)})" if checks else "")
+
+
 @dataclass
 class RegionReport:
     """One recognised site.
 
-    ``kernel`` is ``"inductor"`` when the site was left alone; ``rejected`` maps the kernels that were not taken to why.
+    ``kernel`` is ``"inductor"`` when the site was left alone; ``candidates`` are the kernels that competed, fastest
+    first, ``rejected`` maps the others to why not; ``rules`` are the policy rules that decided something.
     """
 
     kind: str
@@ -50,6 +89,8 @@ class RegionReport:
     reason: str
     rejected: dict[str, str] = field(default_factory=dict)
     unproved: str = ""
+    candidates: list[Candidate] = field(default_factory=list)
+    rules: list[str] = field(default_factory=list)
 
     @classmethod
     def describe(cls, choice: Choice) -> RegionReport:
@@ -70,6 +111,8 @@ class RegionReport:
             reason=choice.reason,
             rejected=dict(choice.rejected),
             unproved=attention.mask.unproved if attention is not None else "",
+            candidates=[Candidate.of(name, figure) for name, figure in choice.figures.items()],
+            rules=list(choice.rules),
         )
 
 
@@ -89,7 +132,11 @@ def _tensor_text(value: torch.Tensor) -> str:
 
 @dataclass
 class GraphReport:
-    """One compiled graph: its regions, the receipts of the steps, and why it was left alone if it was."""
+    """One compiled graph: its regions, the receipts of the steps, and why it was left alone if it was.
+
+    ``cuda_graphs`` names what will make Inductor skip CUDA graphs, in a mode that uses them.  ``cost`` is what the
+    regions take by the plan, ``greedy_cost`` when each takes its own fastest kernel, in seconds.
+    """
 
     compile_id: str
     mode: str
@@ -97,6 +144,9 @@ class GraphReport:
     regions: list[RegionReport] = field(default_factory=list)
     receipts: list[Receipt] = field(default_factory=list)
     reason: str = ""
+    cuda_graphs: list[str] = field(default_factory=list)
+    cost: float | None = None
+    greedy_cost: float | None = None
 
     @classmethod
     def start(cls, mode: str | None, options: dict[str, Any] | None) -> GraphReport:
@@ -156,8 +206,13 @@ def _graph_text(graph: GraphReport, index: int, count: int) -> str:
         if region.cache:
             lines.append(f"    cache   {region.cache}")
         lines.append(f"    kernel  {region.kernel}: {region.reason}")
+        lines += [f"            {candidate}" for candidate in region.candidates if candidate.source != "estimated"]
+        lines += [f"    policy  {rule}" for rule in region.rules]
+        reasons: dict[str, list[str]] = {}
         for kernel, why in region.rejected.items():
-            lines.append(f"            not {kernel}: {why}")
+            reasons.setdefault(why, []).append(kernel)
+        lines += [f"            not {', '.join(kernels)}: {why}" for why, kernels in reasons.items()]
+    lines += [f"  no CUDA graph: {reason}" for reason in graph.cuda_graphs]
     times = ", ".join(f"{r.step} {r.seconds:.2f} s" + (f" ({r.note})" if r.note else "") for r in graph.receipts)
     lines.append(f"  steps   {times}")
     return "\n".join(lines)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.fx as fx
@@ -16,8 +16,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from lz_compile import config
 from lz_compile.aliasing import Aliases
-from lz_compile.plan import Choice, Plan
 from lz_compile.region import Region
+
+if TYPE_CHECKING:
+    from lz_compile.plan import Choice, Plan
 
 log = logging.getLogger("lz_compile")
 
@@ -70,8 +72,15 @@ def _emit(emitter: Emitting, choice: Choice) -> fx.Node:
 
 def _as_laid_out(emitter: Emitting, output: fx.Node, result: fx.Node) -> fx.Node:
     """``result`` in the memory layout of ``output`` where someone may notice: a view, an alias, the user."""
+    if is_copied(output):
+        return result
+    return laid_out(emitter, output, result)
+
+
+def laid_out(emitter: Emitting, output: fx.Node, result: fx.Node) -> fx.Node:
+    """``result``, copied where its memory layout is not that of ``output``."""
     want, have = output.meta["val"], result.meta["val"]
-    if _same_layout(want, have) or _is_copied(output):
+    if _same_layout(want, have):
         return result
     if want.is_contiguous():
         return emitter.call(output, aten.clone.default, result, memory_format=torch.contiguous_format)
@@ -89,7 +98,7 @@ def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
     )
 
 
-def _is_copied(output: fx.Node) -> bool:
+def is_copied(output: fx.Node) -> bool:
     """The usual end of an attention: ``output.transpose(1, 2)`` and nothing but a copy of that in row-major order."""
     users = list(output.users)
     if len(users) != 1 or not _swaps_heads(users[0]):

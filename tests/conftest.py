@@ -1,6 +1,7 @@
 """Test settings: one thread a process; Triton's interpreter stands in for a missing GPU."""
 
 import os
+import tempfile
 
 # Tiny models: a second thread costs more than it helps, and pytest runs one process a core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,6 +14,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Which kernel a test gets must not depend on this machine's clock, or on what its user measured before.
+os.environ.setdefault("LZ_COMPILE_MEASURE", "off")
+os.environ.setdefault("LZ_COMPILE_CACHE_DIR", tempfile.mkdtemp(prefix="lz-compile-tests-"))
 
 from hypothesis import settings  # noqa: E402
 

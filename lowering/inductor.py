@@ -1,0 +1,25 @@
+"""Leaving a region to Inductor: always possible, and what every kernel competes with."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lz_compile.lowering.work import attention_work
+from lz_compile.mask import MaskForm
+from lz_compile.region import Region, Work
+
+
+def attention_as_it_stood(region: Region) -> Work:
+    """Attention as Inductor runs it: every key is read, repeated heads and a materialised mask go through memory.
+
+    A mask takes the fast backends of SDPA away; spelled out, the scores are stored and read in the softmax as well.
+    """
+    a = region.attention
+    assert a is not None
+    plain = a.mask.is_trivial or a.mask.is_causal
+    form = a.mask if plain and region.pattern == "sdpa" else MaskForm()
+    whole = attention_work(dataclasses.replace(region, attention=dataclasses.replace(a, mask=form)), 1.0)
+    group = a.query_heads // a.kv_heads
+    moved = whole.bytes * (1 + 2 * (group > 1))
+    efficiency = 0.5 if plain else 0.2
+    return Work(whole.flops, moved, efficiency if region.pattern == "sdpa" else 0.1, launches=2)
