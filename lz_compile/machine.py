@@ -59,7 +59,7 @@ def _cpu(threads: int) -> Machine:
 
 
 def _driver_version() -> str:
-    """The version of the NVIDIA kernel module, empty when it does not say (another vendor, a container that hides it)."""
+    """The version of the NVIDIA kernel module; empty when it does not say (another vendor, a hiding container)."""
     try:
         return Path("/sys/module/nvidia/version").read_text().strip()
     except OSError:
