@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -84,7 +85,8 @@ class Region:
 
     ``output`` is the node whose value the kernel gives; ``nodes`` are those that no one else uses, in graph order.
     ``module`` is the module path, such as ``model.layers.0.self_attn``.  ``declined`` is set when the site was seen but
-    may not be replaced, with the reason.  ``inputs`` are the values that enter a region without ``attention``.
+    may not be replaced, with the reason.  ``op`` says what a region without
+    ``attention`` means (:mod:`lz_compile.pointwise`) and ``inputs`` are the values that enter it.
     ``covers`` are smaller regions of the same graph that this one spans: it runs by one kernel, or they run apart.
     """
 
@@ -97,6 +99,7 @@ class Region:
     key_cache: CacheWrite | None = None
     value_cache: CacheWrite | None = None
     declined: str = ""
+    op: Any = None
     inputs: tuple[fx.Node, ...] = ()
     covers: tuple[Region, ...] = ()
 
