@@ -311,9 +311,11 @@ TUNED_DECODE = [
         "decode B=16 cache 4096, 1000 valid",
     )
 ]
-# How many of the fastest settings are timed again where the fallback of empty rows stands ready.
-FINALISTS = 4
 ROUNDS = 3
+# After the first round only settings within this factor of the fastest are timed on.
+STILL_RUNNING = 1.3
+# How many of the fastest settings are timed with the kernel for empty rows as well.
+FINALISTS = 4
 
 
 @dataclass
@@ -349,6 +351,7 @@ def tune(cases: list[Case], seconds: float, json_path: str | None) -> None:
     deadline = time.monotonic() + seconds
     entrants: list[Entrant] = []
     for case in cases:
+        case = case.with_tensors()
         field_of_case = list(entries(case))
         compile_all(field_of_case)
         race(field_of_case, ROUNDS, deadline)
@@ -372,7 +375,6 @@ def tune(cases: list[Case], seconds: float, json_path: str | None) -> None:
 
 
 def entries(case: Case) -> Iterator[Entrant]:
-    case = case.with_tensors()
     decode = case.queries == 1
     configs: list[TileConfig] | list[SplitConfig] = SPLIT_CONFIGS if decode else TILE_CONFIGS
     for name, attention in contestants(case):
@@ -382,7 +384,8 @@ def entries(case: Case) -> Iterator[Entrant]:
 
 
 def compile_all(entrants: list[Entrant]) -> None:
-    """Calls each once, many at a time: Triton compiles outside of the interpreter lock for the most part."""
+    """Calls each once: SDPA one by one, as its backends are chosen for the whole process, and settings many at a time,
+    as Triton compiles outside of the interpreter lock for the most part."""
 
     def first_call(entrant: Entrant) -> None:
         assert entrant.attention is not None
@@ -393,22 +396,30 @@ def compile_all(entrants: list[Entrant]) -> None:
         except Exception as reason:  # a setting that does not fit the machine is an answer, not a failure
             entrant.failure = f"{type(reason).__name__}: {str(reason).splitlines()[0][:60]}"
 
+    for entrant in entrants:
+        if entrant.config is None:
+            first_call(entrant)
     with ThreadPoolExecutor(max_workers=12) as pool:
-        list(pool.map(first_call, entrants))
+        list(pool.map(first_call, (entrant for entrant in entrants if entrant.config is not None)))
 
 
 def race(entrants: list[Entrant], rounds: int, deadline: float) -> None:
-    """Times all of them, in graphs, ``rounds`` times over; what fails or comes too late has no times."""
+    """Times all of them, in graphs, up to ``rounds`` times; what fails or comes too late has no times."""
     for entrant in entrants:
         if not entrant.failure:
             assert entrant.attention is not None
-            entrant.attention = as_graph(entrant.attention, entrant.case)
+            try:
+                entrant.attention = as_graph(entrant.attention, entrant.case)
+            except Exception as reason:
+                entrant.failure = f"{type(reason).__name__}: {str(reason).splitlines()[0][:60]}"
+    running = [entrant for entrant in entrants if not entrant.failure]
     for _ in range(rounds):
-        for entrant in entrants:
-            if entrant.failure or time.monotonic() > deadline:
-                continue
-            assert entrant.attention is not None
-            entrant.us.append(time_us(entrant.attention, entrant.case))
+        for entrant in running:
+            if time.monotonic() < deadline:
+                assert entrant.attention is not None
+                entrant.us.append(time_us(entrant.attention, entrant.case))
+        fastest = min((entrant.median() for entrant in running if entrant.config is not None), default=0.0)
+        running = [e for e in running if e.config is None or e.median() <= STILL_RUNNING * fastest]
 
 
 def show(entrants: list[Entrant]) -> None:
