@@ -249,8 +249,8 @@ class Child:
         return json.loads(said)
 
 
-def work(path: Path, name: int, threads: int, keys: int) -> dict[str, Any]:
-    """Every thread of a process wants every key measured, and has records of its own."""
+def work(path: Path, name: int, threads: int, keys: int, start: Path | None = None) -> dict[str, Any]:
+    """Every thread of a process wants every key measured, and has records of its own; begins when ``start`` exists."""
     database = Database(path)
     failures: list[str] = []
     warnings: list[str] = []
@@ -260,12 +260,14 @@ def work(path: Path, name: int, threads: int, keys: int) -> dict[str, Any]:
 
     def one(thread: int) -> None:
         try:
+            while start is not None and not start.exists():
+                time.sleep(0.005)
             for number in range(keys):
                 shared = key((number + 7 * thread) % keys)
                 while not database.look_up([shared]):
                     with database.claim(shared, wait=30.0) as mine:
                         if mine and not database.look_up([shared]):
-                            time.sleep(0.001)
+                            time.sleep(0.005)
                             database.store([record(shared, evidence={"by": name})])
                 database.store([record(key(number, kernel=f"own.{name}.{thread}"))])
         except BaseException as error:
@@ -283,7 +285,9 @@ def work(path: Path, name: int, threads: int, keys: int) -> dict[str, Any]:
 
 
 def check_crowd(path: Path, processes: int, threads: int, keys: int) -> None:
-    children = [Child.run(functools.partial(work, path, n, threads, keys)) for n in range(processes)]
+    start = path.parent.parent / "start"
+    children = [Child.run(functools.partial(work, path, n, threads, keys, start)) for n in range(processes)]
+    start.touch()
     for child in children:
         assert child.result() == {"failures": [], "warnings": [], "problem": "", "lost": 0}
     database = Database(path)
