@@ -204,6 +204,25 @@ def test_several_queries_at_a_position_need_the_write_that_proves_it() -> None:
         assert isinstance(find_prefix(Site(moving, 4, 12, write=write).region), str), write
 
 
+@pytest.mark.parametrize(
+    "moves, upper, stop, expected",
+    [
+        (False, 1, 5, Prefix(keys=5, causal=True)),
+        (False, 1, 4, "both a causal limit and a number of keys"),
+        (True, 0, 4, Prefix(has_lengths=True, causal=True)),
+        (True, 0, 3, "both a causal limit and a number of keys"),
+    ],
+)
+def test_a_number_of_keys_beside_a_causal_limit_must_not_hide_the_last_querys_last_key(
+    moves: bool, upper: int, stop: int, expected: Prefix | str
+) -> None:
+    def form(read: Read) -> MaskForm:
+        reads = ((1, read),) if moves else ()
+        return MaskForm(upper=(Bound(upper, reads),), stop=(Bound(stop, reads),))
+
+    assert find_prefix(Site(form, 4, 12, write="plain" if moves else "").region) == expected
+
+
 def test_a_row_without_keys_that_is_not_zero_needs_the_proof_that_there_is_none() -> None:
     def mean(read: Read) -> MaskForm:
         return MaskForm(upper=(Bound(0, ((1, read),)),), empty_row="mean")
