@@ -98,12 +98,19 @@ def _transform(normal: fx.GraphModule, report: GraphReport, inductor: dict[str, 
     from lz_compile.lowering.inductor import attention_as_it_stood
     from lz_compile.lowering.kernels import kernels, providers
     from lz_compile.measure import Terms
+    from lz_compile.needed_rows import trim
     from lz_compile.patterns.attention import find_attention
     from lz_compile.patterns.rope_tables import find_rope_tables
     from lz_compile.plan import Market, joint
     from lz_compile.policy import active
 
     policy = active()
+    trimmed = ""
+    if config.trim_rows:
+        with report.step("trim rows") as receipt:
+            trimmed = trim(normal.graph, Aliases(normal.graph), Emitter)
+            receipt.note = trimmed or "every row is read"
+        report.trimmed = trimmed
     with report.step("match") as receipt:
         aliases = Aliases(normal.graph)
         regions: list[Region] = []
@@ -113,8 +120,8 @@ def _transform(normal: fx.GraphModule, report: GraphReport, inductor: dict[str, 
         if regions and "rope_table" in config.kinds:
             regions += find_rope_tables(normal.graph, module_path)
     if not regions:
-        report.reason = report.reason or "nothing to replace"
-        return 0
+        report.reason = report.reason or ("" if trimmed else "nothing to replace")
+        return int(bool(trimmed))
     with report.step("plan") as receipt:
         graphs = _uses_cuda_graphs(inductor)
         terms = Terms(config.measure, config.measure_budget, graphs, inductor, Emitter, laid_out)
@@ -131,7 +138,7 @@ def _transform(normal: fx.GraphModule, report: GraphReport, inductor: dict[str, 
         replaced = rewrite(normal, aliases, plan, Emitter)
         receipt.note = f"{replaced} of {len(regions)} regions replaced"
     report.regions = _settled(described, plan)
-    return replaced
+    return replaced + int(bool(trimmed))
 
 
 def _uses_cuda_graphs(inductor: dict[str, Any]) -> bool:

@@ -28,6 +28,9 @@ measure_budget: float = 10.0
 # A policy for this compile: a YAML file or its text (see lz_compile.policy).
 policy: str = ""
 
+# Compute only the rows that are read: behind `hidden_states[:, -1:]` the last layer runs on one token.
+trim_rows: bool = True
+
 # Region kinds to look for; an empty list leaves every graph to Inductor.
 kinds: list[str] = ["attention", "rope_table"]
 

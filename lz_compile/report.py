@@ -134,8 +134,9 @@ def _tensor_text(value: torch.Tensor) -> str:
 class GraphReport:
     """One compiled graph: its regions, the receipts of the steps, and why it was left alone if it was.
 
-    ``cuda_graphs`` names what will make Inductor skip CUDA graphs, in a mode that uses them.  ``cost`` is what the
-    regions take by the plan, ``greedy_cost`` when each takes its own fastest kernel, in seconds.
+    ``trimmed`` says what runs on fewer rows because nobody reads the others.  ``cuda_graphs`` names what will make
+    Inductor skip CUDA graphs, in a mode that uses them.  ``cost`` is what the regions take by the plan, ``greedy_cost``
+    when each takes its own fastest kernel, in seconds.
     """
 
     compile_id: str
@@ -144,6 +145,7 @@ class GraphReport:
     regions: list[RegionReport] = field(default_factory=list)
     receipts: list[Receipt] = field(default_factory=list)
     reason: str = ""
+    trimmed: str = ""
     cuda_graphs: list[str] = field(default_factory=list)
     cost: float | None = None
     greedy_cost: float | None = None
@@ -196,6 +198,8 @@ def _graph_text(graph: GraphReport, index: int, count: int) -> str:
     lines = [f"{name}: {replaced} of {total} attention sites run a chosen kernel, mode {graph.mode}"]
     if graph.reason:
         lines.append(f"  left to Inductor: {graph.reason}")
+    if graph.trimmed:
+        lines.append(f"  unread rows are not computed: {graph.trimmed}")
     for modules, region in _grouped(graph.regions):
         lines.append(f"  {modules}")
         lines.append(f"    {region.pattern}: {region.shape or 'shape unknown'}")
