@@ -3,11 +3,11 @@
     python -m benchmarks.signatures --json build/signatures.jsonl
 
 For every signature the road plans an attention function with an empty performance database, which qualifies and times
-every kernel that fits.  Then all of them are timed again from nothing, longer: by those second figures the pick may be at
-most ``--within`` (3%) slower than the fastest qualified kernel.  The command fails when it is not.
+every kernel that fits.  Then all of them are timed again from nothing: by those second figures the pick may be at most
+``--within`` (3%) slower than the fastest qualified kernel.  The command fails when it is not.
 
-Decode reads a static cache that is half full; prefill is causal.  All in bfloat16 as CUDA-graph replay (float32 on a CPU,
-with sizes that suit it).
+Decode reads a static cache that is half full; prefill is causal.  All in bfloat16 as CUDA-graph replay (float32 on a
+CPU, with sizes that suit it).
 """
 
 from __future__ import annotations

@@ -410,6 +410,8 @@ def _sdpa(node: fx.Node, rows: Rows) -> Recipe | None:
             return None
         return Recipe(sliced, {where["is_causal"]: False})
     if mask is not None:
+        if query.is_cuda:  # the backend that PyTorch picks for fewer queries may treat a row without keys otherwise
+            return None
         own = _broadcast(mask, rows, query.dim())
         if own == "no":
             return None
