@@ -96,6 +96,11 @@ def _tiled_work(region: Region) -> Work:
     )
 
 
+def _first_call(region: Region) -> float:
+    """Two kernels to compile, at one to two seconds each."""
+    return 4.0
+
+
 SPLIT_KV = Kernel(
     name="triton.split_kv",
     kind="attention",
@@ -105,6 +110,7 @@ SPLIT_KV = Kernel(
     cuda_graphs="lengths stay on the device, the grid depends on shapes only",
     summary="split-KV decode: each key is read once per head group, and only keys that some query may see",
     work=_split_kv_work,
+    first_call=_first_call,
 )
 
 TILED = Kernel(
@@ -116,6 +122,7 @@ TILED = Kernel(
     cuda_graphs="lengths stay on the device, the grid depends on shapes only",
     summary="tiled prefill: tiles that the mask hides are skipped, tiles that it shows run without it",
     work=_tiled_work,
+    first_call=_first_call,
 )
 
 PROVIDER = Provider("triton", (SPLIT_KV, TILED))

@@ -284,12 +284,11 @@ def test_a_query_document_without_keys_is_an_empty_row() -> None:
 EMPTY_ROWS = st.sampled_from(sorted(EMPTY_ROW.values()))
 
 
-@settings(max_examples=14, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_rows_that_see_no_key_are_filled_wherever_they_lie(data: st.DataObject) -> None:
-    """Left or right padding leaves whole blocks, parts of a block, or nothing empty; a block that is empty in one head
-    may not be in another."""
-    kv_heads, group = data.draw(st.sampled_from([(1, 1), (1, 3), (2, 2), (1, 6)]))
+    """Padding leaves whole blocks, parts of a block, or nothing empty; a block may be empty in one head only."""
+    kv_heads, group = data.draw(st.sampled_from([(2, 1), (2, 3), (1, 6)]))
     heads, queries, keys = kv_heads * group, data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40))
     arguments = qkv(2, heads, kv_heads, queries, keys, 16, data.draw(st.sampled_from([16, 24])))
     padding = [data.draw(st.integers(0, keys)) for _ in range(2)]
@@ -325,11 +324,12 @@ def test_empty_rows_take_the_softcap_that_other_rows_take(kind: str) -> None:
 
 def test_rows_that_see_a_key_are_not_touched_by_the_fill() -> None:
     """Bit by bit the same as without one, in a block that it does fill."""
-    arguments = {**qkv(queries=30), "bounds": bounds_of(2, 75, upper=[-7, 40])}
+    arguments = {**qkv(queries=30, keys=40), "bounds": bounds_of(2, 40, upper=[-7, 20])}
     zeros, filled = (tiled(**arguments, empty_row=empty_row) for empty_row in (0, 4))
     assert not zeros[0, :, :7].any() and filled[0, :, :7].any()
     torch.testing.assert_close(filled[0, :, 7:], zeros[0, :, 7:], atol=0, rtol=0)
     torch.testing.assert_close(filled[1], zeros[1], atol=0, rtol=0)
+    assert_is_attend(lambda **_: filled, {**arguments, "empty_row": 4})
 
 
 @pytest.mark.parametrize("case", ["causal", "window", "key padding", "chunk"])
