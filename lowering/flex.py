@@ -18,6 +18,7 @@ import torch
 import torch.fx as fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from lz_compile.lowering import tables  # noqa: F401  (defines lz_compile::stored)
 from lz_compile.lowering.aten import every_row_sees_a_key
 from lz_compile.lowering.emit import Emitter, MaskArguments
 from lz_compile.lowering.semantic import CHUNK_ORIGIN, CHUNK_SHIFT, LOWER, START, STOP, UPPER
@@ -146,6 +147,9 @@ def _mask_of(emitter: Emitter, region: Region, arguments: MaskArguments) -> _Mas
     per_row = a.batch > 1 and any("b" in read.axes for read in _reads(form))
     if not per_row:
         tensors = {name: emitter.call(region.output, aten.select.int, node, 0, 0) for name, node in tensors.items()}
+    # The CPU's generated kernel reads nothing but tensors in memory: no views, nothing that Inductor would still fuse.
+    stored = torch.ops.lz_compile.stored.default
+    tensors = {name: emitter.call(region.output, stored, node) for name, node in tensors.items()}
     return _Mask(form, tensors, per_row)
 
 

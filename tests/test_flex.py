@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.fx as fx
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -380,7 +380,7 @@ def test_the_caches_tell_masks_apart() -> None:
 
 @cpu_compiles
 @pytest.mark.slow
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
 @given(sites())
 def test_generated_kernels_give_the_oracles_answer(drawn: Drawn) -> None:
     from torch._inductor.compile_fx import compile_fx
