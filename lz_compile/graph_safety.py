@@ -17,8 +17,11 @@ import torch.fx as fx
 
 from lz_compile.aliasing import storage_key, written_arguments
 from lz_compile.qualify import Problem, Reference, Verdict, one_line
+from lz_compile.specimen import copy_of, fill
 
 _WARM_UP = 3
+# Another process may allocate on the device while one capture runs, hardly in each of several.
+_ATTEMPTS = 3
 
 
 def static_reason(module: fx.GraphModule, cuda_graphs: str) -> str:
@@ -54,9 +57,12 @@ def replay_follows(reference: Reference, module: fx.GraphModule, cuda_graphs: st
     if reason:
         return unsafe(reason)
     typical, other = reference.problem("typical", seed=1), reference.problem("other", seed=1)
-    inputs = [x.clone() if isinstance(x, torch.Tensor) and _dense(x) else x for x in typical.inputs]
+    inputs = [copy_of(value) for value in typical.inputs]
     try:
-        graph, output, outside, pool_bytes = _capture(module, inputs)
+        for _ in range(_ATTEMPTS):
+            graph, output, outside, pool_bytes = _capture(module, inputs)
+            if not outside:
+                break
     except torch.OutOfMemoryError:
         raise
     except Exception as failure:
@@ -68,25 +74,17 @@ def replay_follows(reference: Reference, module: fx.GraphModule, cuda_graphs: st
         _fill(inputs, problem)
         graph.replay()
         torch.cuda.synchronize()
-        error = reference.error(Problem(problem.inputs, problem.mask), output)
+        error = reference.error(problem, output)
         if not error <= 1.0:
             text = f"a replay with inputs {name} gives {error:.3g} times the tolerance"
             return unsafe(f"{text} (are lengths read on the host?)", pool_bytes)
     return replace(verdict, graph_safe=True, pool_bytes=pool_bytes)
 
 
-def _dense(value: torch.Tensor) -> bool:
-    return all(stride or size == 1 for size, stride in zip(value.shape, value.stride()))
-
-
 def _fill(inputs: list[Any], problem: Problem) -> None:
     for target, source in zip(inputs, problem.inputs):
-        if isinstance(target, torch.Tensor) and target is not source:
-            if _dense(target):
-                target.copy_(source)
-            else:
-                index = tuple(0 if not stride else slice(None) for stride in target.stride())
-                target[index].copy_(source[index])
+        if isinstance(target, torch.Tensor):
+            fill(target, source)
 
 
 def _capture(module: fx.GraphModule, inputs: list[Any]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, int, int]:
@@ -101,7 +99,8 @@ def _capture(module: fx.GraphModule, inputs: list[Any]) -> tuple[torch.cuda.CUDA
     graph = torch.cuda.CUDAGraph()
     foreign_before = _foreign_bytes()
     with _allocation_trace() as trace:
-        with torch.cuda.graph(graph, stream=stream):
+        # Other threads of the user's may go on meanwhile.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             first = len(trace())  # the capture itself may have taken a few bytes
             output = module(*inputs)
         torch.cuda.synchronize()

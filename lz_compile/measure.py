@@ -22,7 +22,7 @@ from lz_compile.machine import Machine
 from lz_compile.region import INDUCTOR, Kernel, Region, Work
 from lz_compile.roofline import VERSION as ROOF_VERSION
 from lz_compile.roofline import Roof, fit, nominal
-from lz_compile.specimen import NoSpecimen, Specimen
+from lz_compile.specimen import NoSpecimen, Specimen, copy_of
 
 if TYPE_CHECKING:
     from lz_compile.database import Database, Key, Record
@@ -78,10 +78,18 @@ class Group:
 
 @dataclass
 class Evidence:
-    """Per kernel name (``inductor`` included) a figure, or why there is none and the kernel may not win."""
+    """Per kernel name (``inductor`` included) a figure, or why there is none and the kernel may not win.
+
+    ``rejected`` kernels were found wrong or unsafe; of ``unmeasured`` ones nothing is known here.
+    """
 
     figures: dict[str, Figure] = field(default_factory=dict)
     rejected: dict[str, str] = field(default_factory=dict)
+    unmeasured: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def why_not(self) -> dict[str, str]:
+        return {**self.unmeasured, **self.rejected}
 
 
 @dataclass(frozen=True)
@@ -195,21 +203,32 @@ class _Gathering:
 
         signature = f"roof {self.device.type}"
         key = Key("machine.roof", ROOF_VERSION, signature, self.machine, False)
-        found = self._look_up([key]).get(key)
-        if found is not None:
-            with contextlib.suppress(Exception):
-                peaks = {getattr(torch, name): float(value) for name, value in found.evidence["flops"].items()}
-                return Roof(float(found.evidence["bandwidth"]), peaks, fitted=True)
-        if self.terms.measure != "auto" or _capturing(self.device):
+
+        def remembered() -> Roof | None:
+            found = self._look_up([key]).get(key)
+            if found is not None:
+                with contextlib.suppress(Exception):
+                    peaks = {getattr(torch, name): float(value) for name, value in found.evidence["flops"].items()}
+                    return Roof(float(found.evidence["bandwidth"]), peaks, fitted=True)
+            return None
+
+        known = remembered()
+        if known is not None:
+            return known
+        if self.terms.measure != "auto" or self.left <= 0 or _capturing(self.device):
             return nominal(self.device)
-        try:
-            with _apart(self.device):
-                roof = fit(self.device)
-        except Exception as error:
-            log.warning("lz-compile could not measure %s: %s", self.device, error)
-            return nominal(self.device)
-        facts = {"bandwidth": roof.bandwidth, "flops": {str(d).split(".")[1]: f for d, f in roof.flops.items()}}
-        self.database.store([Record(key, None, 0.0, 0, 0.0, True, evidence=facts, created=time.time())])
+        with self.database.claim(key, wait=max(self.left, 0.0)) as mine:
+            known = remembered()  # someone else may have measured it meanwhile
+            if known is not None or not mine:
+                return known or nominal(self.device)
+            try:
+                with _apart(self.device):
+                    roof = fit(self.device)
+            except Exception as error:
+                log.warning("lz-compile could not measure %s: %s", self.device, error)
+                return nominal(self.device)
+            facts = {"bandwidth": roof.bandwidth, "flops": {str(d).split(".")[1]: f for d, f in roof.flops.items()}}
+            self.database.store([Record(key, None, 0.0, 0, 0.0, True, evidence=facts, created=time.time())])
         return roof
 
     def _value(self, group: Group, roof: Roof) -> float:
@@ -250,14 +269,16 @@ class _Gathering:
             elif record.seconds is not None:
                 result.figures[name] = Figure.of(record, source)  # type: ignore[arg-type]
         anything_measured = any(name != INDUCTOR for name in result.figures)
+        if not anything_measured and any(kernel.name not in result.rejected for kernel in group.kernels):
+            result.figures.pop(INDUCTOR, None)  # a measured time says nothing beside estimated ones
         for kernel in group.kernels:
             if kernel.name in result.figures or kernel.name in result.rejected:
                 continue
             why = skipped.get(kernel.name, "")
             if anything_measured:
-                result.rejected[kernel.name] = why or "not measured, and others were"
+                result.unmeasured[kernel.name] = why or "not measured, and others were"
             elif not self.trusted(kernel):
-                result.rejected[kernel.name] = why or f"not qualified here yet (measure={self.terms.measure!r})"
+                result.unmeasured[kernel.name] = why or f"not qualified here yet (measure={self.terms.measure!r})"
             elif self.graphs and not kernel.cuda_graphs:
                 result.rejected[kernel.name] = "not safe under CUDA graphs: its record does not say that it is"
             else:
@@ -287,6 +308,8 @@ class _Gathering:
             again = self.database.look_up(missing.values())
             known.update(again)
             missing = {name: key for name, key in missing.items() if key not in again}
+            if not mine:
+                skipped.update(dict.fromkeys(missing, "not measured: someone else is measuring it"))
             if not missing or not mine:
                 return {}
             try:
@@ -335,14 +358,15 @@ class _Bench:
             verdicts[kernel.name] = verdict
             if verdict.qualified and module is not None:
                 modules[kernel.name] = module
-        timings = self._time(modules)
+        # With nothing to compare to, the time of Inductor's version decides nothing.
+        timings = self._time(modules) if modules else {}
         records = []
         for name, key in self.missing.items():
             verdict, timing = verdicts.get(name), timings.get(name)
             if verdict is None and timing is None:
                 continue
             if verdict is not None and verdict.qualified and timing is None:
-                self.skipped[name] = "not measured: it could not be timed"
+                self.skipped.setdefault(name, "not measured: it could not be timed")
                 continue
             records.append(
                 Record(
@@ -397,16 +421,22 @@ class _Bench:
         return emit
 
     def _time(self, modules: dict[str, fx.GraphModule]) -> dict[str, Any]:
+        from lz_compile.qualify import one_line
         from lz_compile.timing import copies_for, time_together
 
         device = self.gathering.device
         one = sum(x.bytes for x in self.specimen.layouts.values() if not isinstance(x, int))
-        inputs = [self.reference.problem("typical", seed=2).inputs]
+        inputs = [self.specimen.draw("typical", self.reference.visible, seed=2)]
         for _ in range(copies_for(one, device) - 1):
-            inputs.append([_clone(value) for value in inputs[0]])
+            inputs.append([copy_of(value) for value in inputs[0]])
         calls: dict[str, Callable[[int], Any]] = {}
         for name, module in modules.items():
-            calls[name] = _bound(module, self.specimen, inputs)
+            try:
+                calls[name] = _bound(module, self.specimen, inputs)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                self.skipped[name] = f"not measured: {one_line(error)}"
         if INDUCTOR in self.missing and self.gathering.left > 0:
             try:
                 calls[INDUCTOR] = self._as_inductor(inputs)
@@ -482,29 +512,44 @@ def _emit_mask(emitter: Any, region: Region) -> Any:
     return (m.bounds, m.key_mask, m.query_documents, m.key_documents, m.mask)
 
 
-def _clone(value: Any) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
-    result = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-    index = tuple(slice(None) if stride or size == 1 else 0 for size, stride in zip(value.shape, value.stride()))
-    result[index].copy_(value[index])
-    return result
-
-
 def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @contextlib.contextmanager
 def _apart(device: torch.device) -> Iterator[None]:
-    """Real tensors in the middle of a compile: no modes of the caller's, no gradients; memory is given back."""
+    """Real tensors in the middle of a compile, untouched by the state of the caller's thread and leaving it untouched.
+
+    Modes, default device, autocast, inference mode and gradients are off; random states are put back, and memory is
+    given back.
+    """
     from torch.utils._python_dispatch import _disable_current_modes
 
-    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with torch.no_grad(), _disable_current_modes(), guard:
+    on_gpu = device.type == "cuda"
+    guard = torch.cuda.device(device) if on_gpu else contextlib.nullcontext()
+    with (
+        torch.random.fork_rng([device] if on_gpu else []),
+        _disable_current_modes(),
+        _no_function_modes(),
+        torch._C._DisableAutocast(),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        guard,
+    ):
         try:
             yield
         finally:
-            if device.type == "cuda":
+            if on_gpu:
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _no_function_modes() -> Iterator[None]:
+    """Without the TorchFunctionModes of the caller, such as ``with torch.device("meta")``."""
+    modes = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())]
+    try:
+        yield
+    finally:
+        for mode in reversed(modes):
+            torch._C._push_on_torch_function_stack(mode)

@@ -119,6 +119,7 @@ def joint(
         PolicyError: a lock that cannot be honoured.
     """
     sites = [_site(region, market, policy, mode) for region in regions]
+    _reject_partial_covers(sites)
     open_sites = [site for site in sites if not site.region.declined]
     if not open_sites:
         return Plan([_choice(site, None) for site in sites], planner="nothing to decide")
@@ -163,6 +164,16 @@ def _site(region: Region, market: Market, policy: Policy, mode: str) -> _Site:
     return site
 
 
+def _reject_partial_covers(sites: Sequence[_Site]) -> None:
+    """A region that spans others cannot be replaced where one of them may not be."""
+    replaceable = {id(site.region) for site in sites if not site.region.declined}
+    for site in sites:
+        if any(id(region) not in replaceable for region in site.region.covers):
+            why = "a region that it covers may not be replaced"
+            site.rejected.update({kernel.name: why for kernel in site.candidates})
+            site.candidates = []
+
+
 def _why_not(kernel: Kernel, region: Region) -> Verdict:
     try:
         return kernel.supports(region)
@@ -189,7 +200,7 @@ def _require_lock(site: _Site) -> None:
     """A lock is a promise to the user: where its kernel cannot run the compile stops."""
     if site.judgement is not None:
         usable = [kernel.name for kernel in site.candidates if _may_win(site, kernel.name)]
-        reasons = {**site.rejected, **site.evidence.rejected}
+        reasons = {**site.rejected, **site.evidence.why_not}
         site.judgement.require(usable, reasons, site.region.module or "the top level")
 
 
@@ -262,11 +273,9 @@ def _solve(sites: Sequence[_Site], gathered: Gathered) -> tuple[list[str], assig
 
 
 def _may_win(site: _Site, name: str) -> bool:
-    j = site.judgement
-    if name not in site.evidence.rejected:
-        return True
-    # A lock overrules that nothing was measured, never that a kernel was found wrong.
-    return j is not None and j.locked is not None and site.evidence.rejected[name].startswith("not ")
+    """A lock overrules that nothing was measured, never that a kernel was found wrong or unsafe."""
+    locked = site.judgement is not None and site.judgement.locked is not None
+    return name not in site.evidence.rejected and (locked or name not in site.evidence.unmeasured)
 
 
 def _cost(site: _Site, name: str) -> float:
@@ -284,6 +293,13 @@ def _cost_of_leaving(site: _Site, has_choice: bool) -> float:
     return _cost(site, INDUCTOR) * _INDUCTOR_MARGIN
 
 
+def _asked_for(site: _Site) -> bool:
+    """Whether the user named the kernel of this very region, so that no larger kernel may swallow it."""
+    return (site.judgement is not None and site.judgement.locked is not None) or any(
+        map(_is_preferred, site.candidates)
+    )
+
+
 def _is_preferred(kernel: Kernel) -> bool:
     return any(fnmatchcase(kernel.name, pattern) for pattern in config.prefer)
 
@@ -296,14 +312,14 @@ def _cover_edges(
     spans: list[tuple[int, int]] = []
     for i, site in enumerate(sites):
         inner = [index[id(region)] for region in site.region.covers if id(region) in index]
-        if len(inner) < len(site.region.covers):  # one of them was declined: the whole cannot be replaced
+        if site.region.covers and not site.candidates:
             labels[i], costs[i] = [INDUCTOR], [0.0]
             inner = []
-        elif inner:
+        elif inner and math.isfinite(costs[i][-1]):
             costs[i][-1] = 0.0  # left alone, it costs what its parts cost
         for j in inner:
             labels[j].append(f"{COVERED}{site.region.module or site.region.pattern} #{i}")
-            costs[j].append(0.0)
+            costs[j].append(math.inf if _asked_for(sites[j]) else 0.0)
             spans.append((i, j))
     edges: dict[tuple[int, int], list[list[float]]] = {}
     for i, j in spans:
@@ -382,7 +398,7 @@ def _choice(site: _Site, label: str | None) -> Choice:
     if region.declined:
         return Choice(region, None, region.declined)
     assert label is not None
-    rejected = {**site.rejected, **site.evidence.rejected}
+    rejected = {**site.rejected, **site.evidence.why_not}
     figures = {name: site.evidence.figures[name] for name in sorted(site.evidence.figures, key=_by_time(site))}
     rules = list(site.judgement.fired) if site.judgement is not None else []
     if label.startswith(COVERED):

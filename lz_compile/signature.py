@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lz_compile.mask import Bound, MaskForm, Read
+from lz_compile.qualify import uses_tf32
 from lz_compile.region import Region
 from lz_compile.specimen import Layout, NoSpecimen, Specimen, hint
 
@@ -44,6 +45,8 @@ def signature(specimen: Specimen) -> str:
         "mask": _mask_facts(a.mask),
         "device": specimen.device.type,
     }
+    if uses_tf32(a.query.meta["val"].dtype, specimen.device):
+        facts["tf32"] = True  # other products, and another tolerance
     if a.mask_node is not None:
         facts["mask_tensor"] = _tensor_facts(a.mask_node)
     return json.dumps(facts, sort_keys=True, separators=(",", ":"))

@@ -122,7 +122,8 @@ class Specimen:
 
     def build(self, emit: Emit, make_emitter: Callable[[fx.Graph, Aliases], Any]) -> fx.GraphModule:
         """The module of ``emit``, which gets an emitter and this region on a graph of its own and returns a node."""
-        graph, inputs = self._inputs()
+        module, inputs = self._inputs()
+        graph = module.graph
         mapping = dict(zip(self.sources, inputs))
         attention = dataclasses.replace(
             self.attention,
@@ -140,7 +141,8 @@ class Specimen:
         graph.output(result)
         graph.erase_node(anchor)
         graph.eliminate_dead_code()
-        return fx.GraphModule(torch.nn.Module(), graph)
+        module.recompile()
+        return module
 
     def as_it_stood(self) -> fx.GraphModule:
         """The region's own nodes, from query, key, value and mask to its output.
@@ -148,22 +150,25 @@ class Specimen:
         Raises:
             NoSpecimen: the nodes read something that is not among the sources.
         """
-        graph, inputs = self._inputs()
+        module, inputs = self._inputs()
+        graph = module.graph
         mapping = dict(zip(self.sources, inputs))
         for node in _between(set(self.sources), self.region.output):
             mapping[node] = graph.node_copy(node, lambda n: mapping[n])
         graph.output(mapping[self.region.output])
-        return fx.GraphModule(torch.nn.Module(), graph)
+        module.recompile()
+        return module
 
-    def _inputs(self) -> tuple[fx.Graph, list[fx.Node]]:
-        graph, inputs = fx.Graph(), []
+    def _inputs(self) -> tuple[fx.GraphModule, list[fx.Node]]:
+        """A module with nothing but inputs; an emitter may put submodules into it."""
+        module, inputs = fx.GraphModule(torch.nn.Module(), fx.Graph()), []
         with FakeTensorMode():
             for position, node in enumerate(self.sources):
                 layout = self.layouts[node]
-                placeholder = graph.placeholder(f"input_{position}")
+                placeholder = module.graph.placeholder(f"input_{position}")
                 placeholder.meta["val"] = layout.empty() if isinstance(layout, Layout) else layout
                 inputs.append(placeholder)
-        return graph, inputs
+        return module, inputs
 
     # -- inputs
 
@@ -173,10 +178,19 @@ class Specimen:
         ``"typical"``: half of a cache is filled, a quarter of every second row is padding.  ``"other"``: other lengths,
         padding with holes, rows without keys.  ``visible`` computes the boolean mask ``[B, H or 1, M, N]`` of the
         inputs from the mask's normal form; it gives the tensor that the graph had as its mask, where there is one
-        beside the form.  Draws with one seed are equal on one device.
+        beside the form, and hides in an unproved mask what the form's proved terms hide.  Draws with one seed are equal
+        on one device.
+
+        Raises:
+            NoSpecimen: the values cannot be drawn.
         """
         generator = torch.Generator(self.device).manual_seed(zlib.crc32(f"{kind} {seed}".encode()))
-        return _Inputs(self, kind, generator).draw(visible)
+        try:
+            return _Inputs(self, kind, generator).draw(visible)
+        except (torch.OutOfMemoryError, NoSpecimen):
+            raise
+        except Exception as error:
+            raise NoSpecimen(f"no inputs for it: {type(error).__name__}: {error}") from error
 
 
 def _nothing(value: Any) -> Any:
@@ -244,11 +258,22 @@ class _Inputs:
         for node in (a.key, a.value):
             self._tensor(node, self._normal(node))
         self._mask(a.mask)
+        unproved = [(a.mask.dense, a.mask.dense_hides), (a.mask.bias, False)]
+        drawn = [(node, hides) for node, hides in unproved if node is not None and node not in self.values]
+        for node, hides in drawn:
+            self._dense(node, hides)
+        for node, hides in drawn:
+            self._agree_with_terms(node, hides, visible(self._known(a.mask_node)))
         if a.mask_node is not None and a.mask_node not in self.values:
-            placeholder = [self.values.get(node) for node in self.specimen.sources]
-            placeholder[self.specimen.sources.index(a.mask_node)] = self._layout(a.mask_node).empty()
-            self._tensor(a.mask_node, self._mask_tensor(a.mask_node, visible(placeholder)))
+            self._tensor(a.mask_node, self._mask_tensor(a.mask_node, visible(self._known(a.mask_node))))
         return [self.values[node] for node in self.specimen.sources]
+
+    def _known(self, unknown: fx.Node | None) -> list[Any]:
+        """The values so far, in the order of the sources; memory with any content for the one that is still unknown."""
+        known = [self.values.get(node) for node in self.specimen.sources]
+        if unknown is not None and unknown not in self.values:
+            known[self.specimen.sources.index(unknown)] = self._layout(unknown).empty()
+        return known
 
     def _layout(self, node: fx.Node) -> Layout:
         layout = self.specimen.layouts[node]
@@ -260,11 +285,7 @@ class _Inputs:
             return
         layout = self._layout(node)
         result = layout.empty()
-        if all(stride or size == 1 for size, stride in zip(layout.sizes, layout.strides)):
-            result.copy_(value.expand(layout.sizes))
-        else:  # an expanded tensor: one write per element of memory
-            index = tuple(0 if not stride else slice(None) for stride in layout.strides)
-            result[index].copy_(value.expand(layout.sizes)[index])
+        fill(result, value.expand(layout.sizes))
         self.values[node] = result
 
     def _normal(self, node: fx.Node) -> torch.Tensor:
@@ -295,9 +316,6 @@ class _Inputs:
             self._padding(read, hides=read in form.key_hidden)
         for documents in form.documents:
             self._documents(documents)
-        for node, hides in ((form.dense, form.dense_hides), (form.bias, False)):
-            if node is not None:
-                self._dense(node, hides)
 
     def _length(self) -> int:
         """How many keys the last query may see."""
@@ -334,51 +352,80 @@ class _Inputs:
         row = rows.reshape(*layout.sizes[:-1], 1) if layout.sizes else rows
         shown = (position >= length // 4) | (row % 2 == 0)
         if not self.typical:
-            hole = torch.rand(layout.sizes, generator=self.generator, device=layout.device) < 0.1
+            noise = torch.rand(layout.sizes, generator=self.generator, device=layout.device, dtype=torch.float32)
+            hole = noise < 0.1
             shown = torch.where(row % 3 == 1, position < length - length // 3, ~hole)
             shown &= row % 4 != 3
         self._tensor(read.node, ~shown if hides else shown)
 
     def _documents(self, documents: Documents) -> None:
-        for read in (documents.queries, documents.keys):
+        """Documents follow each other; fewer queries than keys stand at the end of what is filled, as in a cache."""
+        parts = 4 if self.typical else 7
+        for read, end in ((documents.keys, 0), (documents.queries, self._length())):
             if read.node in self.values:
                 continue
             layout = self._layout(read.node)
             length = layout.sizes[-1] if layout.sizes else 1
-            position = torch.arange(length, device=layout.device).expand(layout.sizes)
-            parts = 4 if self.typical else 7
-            self._tensor(read.node, position * parts // max(length, 1))
+            position = torch.arange(length, device=layout.device).expand(layout.sizes) + max(end - length, 0)
+            self._tensor(read.node, position * parts // max(self.keys, 1))
 
     def _dense(self, node: fx.Node, hides: bool) -> None:
-        if node in self.values:
-            return
         layout = self._layout(node)
         sizes = (1,) * (4 - len(layout.sizes)) + layout.sizes
         q = torch.arange(sizes[2], device=layout.device)[:, None]
         k = torch.arange(sizes[3], device=layout.device)
         shown = (k <= q + max(self._length() - sizes[2], 0)).expand(sizes)
         if not self.typical:
-            noise = torch.rand(sizes, generator=self.generator, device=layout.device)
+            noise = torch.rand(sizes, generator=self.generator, device=layout.device, dtype=torch.float32)
             shown = noise < 0.6
             shown[..., -1, :] &= torch.arange(sizes[0], device=layout.device)[:, None, None] % 4 != 3
         if layout.dtype == torch.bool:
             self._tensor(node, (~shown if hides else shown).reshape(layout.sizes))
             return
-        bias = torch.zeros(sizes, device=layout.device)
+        wide = torch.promote_types(layout.dtype, torch.float32)
+        bias = torch.zeros(sizes, device=layout.device, dtype=wide)
         if not self.typical:
-            bias = torch.randn(sizes, generator=self.generator, device=layout.device)
+            bias = torch.randn(sizes, generator=self.generator, device=layout.device, dtype=wide)
         self._tensor(node, bias.masked_fill(~shown, torch.finfo(layout.dtype).min).reshape(layout.sizes))
+
+    def _agree_with_terms(self, node: fx.Node, hides: bool, visible: torch.Tensor) -> None:
+        """Terms that were proved beside an unproved mask follow from it: what they hide, the mask hides."""
+        layout, value = self._layout(node), self.values[node]
+        fill = hides if layout.dtype == torch.bool else torch.finfo(layout.dtype).min
+        del self.values[node]
+        self._tensor(node, value.masked_fill(~_reduced(visible, layout), fill))
 
     def _mask_tensor(self, node: fx.Node, visible: torch.Tensor) -> torch.Tensor:
         """The mask as the graph had it, from what is visible: ``[B, H or 1, M, N]`` in the shape of ``node``."""
         layout = self._layout(node)
-        sizes = (1,) * (4 - len(layout.sizes)) + layout.sizes
-        for dim, size in enumerate(sizes):
-            if size == 1 and visible.shape[dim] != 1:
-                visible = visible.narrow(dim, 0, 1)
-        shown = visible.expand(sizes).reshape(layout.sizes)
+        shown = _reduced(visible, layout)
         if layout.dtype == torch.bool:
             return shown
         finite = self.specimen.attention.mask.empty_row in ("mean", "safe mean", "unmasked")
         fill = torch.finfo(layout.dtype).min if finite else -math.inf
-        return torch.zeros(layout.sizes, device=layout.device).masked_fill(~shown, fill)
+        return torch.zeros(layout.sizes, device=layout.device, dtype=layout.dtype).masked_fill(~shown, fill)
+
+
+def _reduced(visible: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """``visible`` in the shape of a mask tensor; along dimensions that the tensor broadcasts all entries are equal."""
+    sizes = (1,) * (4 - len(layout.sizes)) + layout.sizes
+    for dim, size in enumerate(sizes):
+        if size == 1 and visible.shape[dim] != 1:
+            visible = visible.narrow(dim, 0, 1)
+    return visible.expand(sizes).reshape(layout.sizes)
+
+
+def copy_of(value: Any) -> Any:
+    """A tensor with the same values and strides in memory of its own; anything else as it is."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    result = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    fill(result, value)
+    return result
+
+
+def fill(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copies values between tensors of equal sizes; dimensions that ``target`` expands are written once."""
+    strides = zip(target.shape, target.stride())
+    index = tuple(slice(0, 1) if not stride and size != 1 else slice(None) for size, stride in strides)
+    target[index].copy_(source[index])

@@ -21,6 +21,8 @@ Call = Callable[[int], Any]
 # One sample lasts at least this long: many times the resolution of CUDA events and of the clock.
 _SAMPLE = {"cuda": 4e-4, "cpu": 1e-3}
 ROUNDS = 12
+# What takes so many times as long as the fastest will not be chosen, whatever its spread.
+_HOPELESS = 8
 
 
 @dataclass(frozen=True)
@@ -51,31 +53,48 @@ def copies_for(bytes_of_one: int, device: torch.device) -> int:
 def time_together(calls: Mapping[Name, Call], copies: int, device: torch.device, seconds: float) -> dict[Name, Timing]:
     """Times each ``call(copy)``, ``copy`` in ``range(copies)``, in rounds that take about ``seconds`` in all.
 
-    Functions must have run before (compiled, warmed up).  Those that raise are left out of the result.
+    Functions must have run before (compiled, warmed up).  Those that raise are left out of the result.  One that takes
+    ``_HOPELESS`` times as long as the fastest is called no more: what was seen of it is its result.
     """
+    started = time.perf_counter()
     samplers: dict[Name, Callable[[], float]] = {}
-    cost = 0.0
-    for name, call in calls.items():
+    samples: dict[Name, list[float]] = {}
+    cost: dict[Name, float] = {}
+
+    def sample(name: Name, take: Callable[[], float]) -> None:
         try:
-            sampler, lasts = (_cuda_sampler if device.type == "cuda" else _cpu_sampler)(call, copies)
-            sampler()
+            samples[name].append(take())
         except torch.OutOfMemoryError:
             raise
         except Exception:
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            continue
-        samplers[name] = sampler
-        cost += lasts
-    rounds = max(3, min(ROUNDS, int(seconds / max(cost, 1e-9))))
-    samples: dict[Name, list[float]] = {name: [] for name in samplers}
+            samples.pop(name, None)
+            samplers.pop(name, None)
+
+    for name, call in calls.items():
+        samples[name] = []
+        maker = _cuda_sampler if device.type == "cuda" else _cpu_sampler
+
+        def first(name: Name = name, call: Call = call, maker: Any = maker) -> float:
+            samplers[name], cost[name], once = maker(call, copies)
+            # A long call needs no second look before its turn comes.
+            return once if cost[name] > seconds / 4 else samplers[name]()
+
+        sample(name, first)
+    fastest = min((values[0] for values in samples.values()), default=0.0)
+    for name in [name for name in samplers if samples[name][0] > _HOPELESS * fastest]:
+        del samplers[name]
+    left = max(seconds - (time.perf_counter() - started), seconds / 2)
+    rounds = max(2, min(ROUNDS, int(left / max(sum(cost[name] for name in samplers), 1e-9))))
     for _ in range(rounds):
-        for name, sampler in samplers.items():
-            samples[name].append(sampler())
-    return {name: Timing.of(values) for name, values in samples.items()}
+        for name in list(samplers):
+            sample(name, samplers[name])
+    return {name: Timing.of(values[1:] or values) for name, values in samples.items()}
 
 
-def _cpu_sampler(call: Call, copies: int) -> tuple[Callable[[], float], float]:
+def _cpu_sampler(call: Call, copies: int) -> tuple[Callable[[], float], float, float]:
+    """A function that takes one sample, the seconds that this lasts, and the seconds of a first call."""
     once = _clocked(call, 0, 1)
     repeats = max(1, round(_SAMPLE["cpu"] / max(once, 1e-7)))
 
@@ -84,7 +103,7 @@ def _cpu_sampler(call: Call, copies: int) -> tuple[Callable[[], float], float]:
         state[0] = (first + repeats) % copies
         return _clocked(call, first, repeats, copies) / repeats
 
-    return sample, once * repeats
+    return sample, once * repeats, once
 
 
 def _clocked(call: Call, first: int, repeats: int, copies: int = 1) -> float:
@@ -94,7 +113,8 @@ def _clocked(call: Call, first: int, repeats: int, copies: int = 1) -> float:
     return time.perf_counter() - begin
 
 
-def _cuda_sampler(call: Call, copies: int) -> tuple[Callable[[], float], float]:
+def _cuda_sampler(call: Call, copies: int) -> tuple[Callable[[], float], float, float]:
+    """See :func:`_cpu_sampler`."""
     once = _event_time(lambda: [call(i) for i in range(copies)]) / copies
     repeats = copies * max(1, round(_SAMPLE["cuda"] / max(once, 1e-6) / copies))
     replay = _captured(call, copies, repeats)
@@ -107,13 +127,13 @@ def _cuda_sampler(call: Call, copies: int) -> tuple[Callable[[], float], float]:
                 call(i % copies)
 
     run()
-    return lambda: _event_time(run) / repeats, once * repeats
+    return lambda: _event_time(run) / repeats, once * repeats, once
 
 
 def _captured(call: Call, copies: int, repeats: int) -> Callable[[], None] | None:
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             for i in range(repeats):
                 call(i % copies)
     except torch.OutOfMemoryError:
