@@ -115,12 +115,13 @@ def _collect(graph: fx.Graph, aliases: Aliases) -> dict[fx.Node, tuple[Rows, Rec
 
     for node in reversed(graph.nodes):
         wanted = demands.get(node)
-        root = _root(node)
-        if root is not None and _free(node, aliases, kept):
+        free = _free(node, aliases, kept)
+        recipe = _recipe(node, wanted) if wanted is not None and free else None
+        root = _root(node) if recipe is None and free else None
+        if root is not None:
             assert isinstance(node.args[0], fx.Node)
             ask(node.args[0], root)
             continue
-        recipe = _recipe(node, wanted) if wanted is not None and _free(node, aliases, kept) else None
         if recipe is None:
             for argument in node.all_input_nodes:
                 ask(argument, None)
