@@ -82,11 +82,13 @@ def _on_rows(emitter: Any, node: fx.Node, recipe: Recipe, small: dict[fx.Node, t
             return [cut(item, rows) for item in value]
         if value in small and small[value][0] == rows:
             return small[value][1]
-        # A list of parts: its own slice was made where it was split.
         key = ("rows", value, rows)
         last = rows.first + rows.count
         return emitter.shared(key, lambda: emitter.call(node, aten.slice.Tensor, value, rows.dim, rows.first, last))
 
+    if node.target is operator.getitem and node.args[0] not in small:  # other parts of the split are read whole
+        rows = recipe.sliced[0]
+        return emitter.call(node.next, aten.slice.Tensor, node, rows.dim, rows.first, rows.first + rows.count)
     args, kwargs = list(node.args), dict(node.kwargs)
     for where, rows in recipe.sliced.items():
         if isinstance(where, int):
