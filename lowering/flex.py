@@ -28,6 +28,7 @@ from lz_compile.region import Kernel, Provider, Region, Verdict, Work
 
 aten = torch.ops.aten
 
+VERSION = "1"
 BLOCK = 128
 # Below this the decoding variant of flex_attention would run; split-KV kernels are made for that.
 _LEAST_QUERIES = {"cuda": BLOCK, "cpu": 17}
@@ -177,12 +178,13 @@ def block_lists(
         the end of the queries or keys is never whole.
     """
     b = torch.arange(rows, dtype=torch.int32, device=device)[:, None, None]
-    q = torch.arange(queries, dtype=torch.int32, device=device)[None, :, None]
-    k = torch.arange(keys, dtype=torch.int32, device=device)[None, None, :]
-    visible = mask_mod(b, torch.zeros_like(b), q, k).expand(rows, queries, keys)
-    visible = torch.nn.functional.pad(visible, (0, -keys % BLOCK, 0, -queries % BLOCK), value=False)
+    q = torch.arange(queries + -queries % BLOCK, dtype=torch.int32, device=device)[None, :, None]
+    k = torch.arange(keys + -keys % BLOCK, dtype=torch.int32, device=device)[None, None, :]
+    # Not padded afterwards: the CPU's code for a fused pad of booleans does not compile (PyTorch 2.13).
+    visible = mask_mod(b, torch.zeros_like(b), q.clamp(max=queries - 1), k.clamp(max=keys - 1))
+    visible = visible & (q < queries) & (k < keys)
     blocks = visible.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK))
-    count = blocks.sum((2, 4), dtype=torch.int32)[:, None]
+    count = blocks.sum((2, 4), dtype=torch.int32)[:, None].expand(rows, -1, -1, -1)
     whole = count == BLOCK * BLOCK
     return *_listed((count > 0) & ~whole), *_listed(whole)
 
@@ -316,7 +318,7 @@ def _work(region: Region) -> Work:
 ATTENTION = Kernel(
     name="flex.attention",
     kind="attention",
-    version=torch.__version__,
+    version=f"{VERSION}, torch {torch.__version__}",
     supports=_supports,
     emit=_emit,
     cuda_graphs="block lists are computed on the device, shapes alone decide the launch",
