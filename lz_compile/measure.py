@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("lz_compile")
 
 Source = Literal["measured", "remembered", "estimated"]
+_NO_MEMORY = "not measured: too little memory is free"
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ class _Gathering:
 
     def _value(self, group: Group, roof: Roof) -> float:
         """Seconds at stake in a group, roughly."""
-        estimates = [self._estimate(kernel.work, group, roof) for kernel in group.kernels]
+        estimates = [self._estimate(work, group, roof) for work in (group.stands, *(k.work for k in group.kernels))]
         return max([e for e in estimates if e is not None], default=0.0) * len(group.regions)
 
     def _estimate(self, work: Callable[[Region], Work] | None, group: Group, roof: Roof) -> float | None:
@@ -318,7 +319,7 @@ class _Gathering:
                 skipped.update(dict.fromkeys(missing, f"not measured: {reason}"))
                 return {}
             except torch.OutOfMemoryError:
-                skipped.update(dict.fromkeys(missing, "not measured: too little memory is free"))
+                skipped.update(dict.fromkeys(missing, _NO_MEMORY))
                 return {}
             except Exception as error:
                 if config.strict:
@@ -354,7 +355,12 @@ class _Bench:
         for kernel in self.group.kernels:
             if kernel.name not in self.missing or not self._affordable(kernel):
                 continue
-            verdict, module = self._qualify(kernel)
+            try:
+                verdict, module = self._qualify(kernel)
+            except torch.OutOfMemoryError:
+                self.skipped[kernel.name] = _NO_MEMORY
+                _give_memory_back(self.gathering.device)
+                continue
             verdicts[kernel.name] = verdict
             if verdict.qualified and module is not None:
                 modules[kernel.name] = module
@@ -434,7 +440,8 @@ class _Bench:
             try:
                 calls[name] = _bound(module, self.specimen, inputs)
             except torch.OutOfMemoryError:
-                raise
+                self.skipped[name] = _NO_MEMORY
+                _give_memory_back(device)
             except Exception as error:
                 self.skipped[name] = f"not measured: {one_line(error)}"
         if INDUCTOR in self.missing and self.gathering.left > 0:
@@ -539,9 +546,13 @@ def _apart(device: torch.device) -> Iterator[None]:
         try:
             yield
         finally:
-            if on_gpu:
-                torch.cuda.synchronize()
-                torch.cuda.empty_cache()
+            _give_memory_back(device)
+
+
+def _give_memory_back(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager

@@ -161,7 +161,7 @@ class Reference:
             mask = mask[(None,) * (4 - mask.dim())]
             mask = mask[rows] if mask.shape[0] != 1 else mask
             mask = mask[:, :, queries] if mask.shape[2] != 1 else mask
-            mask = mask if mask.dtype == torch.bool else mask.double()
+            mask = mask if mask.dtype == torch.bool else _wide_bias(mask)
         arguments: tuple[Any, ...] = (
             bounds,
             key_mask[rows] if key_mask is not None else None,
@@ -177,6 +177,12 @@ class Reference:
         both = attend(q, k, torch.cat([v, v.abs()], -1), *arguments)
         expected, scale = both.tensor_split(2, -1)
         return _Answer(row, first, last, expected, scale)
+
+
+def _wide_bias(mask: torch.Tensor) -> torch.Tensor:
+    """An additive mask in float64, in which the least number of its dtype is the least number still."""
+    least = mask == torch.finfo(mask.dtype).min
+    return mask.double().masked_fill(least, torch.finfo(torch.float64).min)
 
 
 def _empty_row_code(empty_row: str) -> int:

@@ -389,11 +389,18 @@ class _Inputs:
         self._tensor(node, bias.masked_fill(~shown, torch.finfo(layout.dtype).min).reshape(layout.sizes))
 
     def _agree_with_terms(self, node: fx.Node, hides: bool, visible: torch.Tensor) -> None:
-        """Terms that were proved beside an unproved mask follow from it: what they hide, the mask hides."""
-        layout, value = self._layout(node), self.values[node]
-        fill = hides if layout.dtype == torch.bool else torch.finfo(layout.dtype).min
-        del self.values[node]
-        self._tensor(node, value.masked_fill(~_reduced(visible, layout), fill))
+        """Terms that were proved beside an unproved mask follow from it: what they hide, the mask hides.
+
+        In float16 no row is left without keys: the least number is too small to make all scores equal, so that such a
+        row is a matter of rounding.
+        """
+        layout, value = self._layout(node), self.values.pop(node)
+        least = hides if layout.dtype == torch.bool else torch.finfo(layout.dtype).min
+        shown = _reduced(visible, layout)
+        value = value.masked_fill(~shown, least)
+        if layout.dtype == torch.float16:
+            value = value.masked_fill((value == least).all(-1, keepdim=True) & shown, 0.0)
+        self._tensor(node, value)
 
     def _mask_tensor(self, node: fx.Node, visible: torch.Tensor) -> torch.Tensor:
         """The mask as the graph had it, from what is visible: ``[B, H or 1, M, N]`` in the shape of ``node``."""

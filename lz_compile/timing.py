@@ -64,11 +64,10 @@ def time_together(calls: Mapping[Name, Call], copies: int, device: torch.device,
     def sample(name: Name, take: Callable[[], float]) -> None:
         try:
             samples[name].append(take())
-        except torch.OutOfMemoryError:
-            raise
         except Exception:
             if device.type == "cuda":
                 torch.cuda.synchronize()
+                torch.cuda.empty_cache()  # what it ran out of is there for the others
             samples.pop(name, None)
             samplers.pop(name, None)
 

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
-import kernels_for_tests as bad
 import pytest
 import torch
 import torch.fx as fx
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
-from kernels_for_tests import make, provider
-from road import Road, compile_road
-from test_masks import EMPTY_ROWS_OF_SDPA, SPELLINGS, Case, prove, trace
-from test_masks import visible as visible_by_form
-from tiny import DECODERS, padding, tokens
 from transformers import StaticCache
 
+import kernels_for_tests as bad
+from kernels_for_tests import make, provider
 from lz_compile import config
 from lz_compile.aliasing import Aliases
 from lz_compile.lowering.emit import Emitter
@@ -34,6 +29,10 @@ from lz_compile.region import Attention, Kernel, Region
 from lz_compile.rewrite import is_copied, laid_out
 from lz_compile.signature import bucket, signature, signature_of
 from lz_compile.specimen import NoSpecimen, Specimen
+from road import Road, compile_road
+from test_masks import EMPTY_ROWS_OF_SDPA, SPELLINGS, Case, prove, reads_of, trace
+from test_masks import visible as visible_by_form
+from tiny import DECODERS, padding, tokens
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -253,7 +252,9 @@ def verdicts(region: Region, candidates: list[Kernel] | None = None) -> dict[str
 def test_our_kernels_qualify_in_every_dtype_and_under_every_mask(name: str, dtype: torch.dtype) -> None:
     mask, extra, sizes = MASKS[name]
     for fn in (attend_under(mask), eager_under(mask)):
-        if fn.__qualname__.startswith("eager") and (name == "none" or "bias" in name):
+        spelled = fn.__qualname__.startswith("eager")
+        # Spelled in float16, rows without keys are a matter of rounding: such a region is declined.
+        if spelled and (name == "none" or "bias" in name or dtype == torch.float16):
             continue
         [(region, _)] = capture(fn, *qkv(dtype, **sizes), *extra)
         found = verdicts(region)
@@ -273,7 +274,11 @@ def test_stacked_products_of_three_dimensions_qualify() -> None:
 
 
 def test_symbolic_sizes_take_their_hints() -> None:
-    [(region, _)] = capture(attend_under(causal), *qkv(torch.float32, batch=2), dynamic=True)
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, windowed(q, k))
+
+    [(region, _)] = capture(attend, *qkv(torch.float32, batch=2, kv_heads=4), dynamic=True)
+    assert any(isinstance(size, torch.SymInt) for size in region.output.meta["val"].shape)
     found = verdicts(region)
     assert found and all(verdict.qualified for verdict in found.values()), found
 
@@ -346,8 +351,6 @@ def draws_agree(case: Case, kind: str) -> bool:
     assert isinstance(mask, fx.Node)
     if mask.meta["val"].dim() > 4:
         return False
-    if kind == "hide":
-        form = dataclasses.replace(form)
     region = region_of(form, mask, case.shape)
     try:
         specimen = Specimen.of(region, True)
@@ -361,11 +364,7 @@ def draws_agree(case: Case, kind: str) -> bool:
         shown = drawn if drawn.dtype == torch.bool else drawn > torch.finfo(drawn.dtype).min
         if form.dense is mask and form.dense_hides:
             shown = ~shown
-        found = {}
-        from test_masks import reads_of
-
-        for read in reads_of(form):
-            found[read] = values[read.node]
+        found = {read: values[read.node] for read in reads_of(form)}
         terms = visible_by_form(form, found, case.shape)
         if form.proved:
             assert torch.equal(shown.expand(case.shape), terms), f"{form} {draw}"
@@ -376,7 +375,7 @@ def draws_agree(case: Case, kind: str) -> bool:
     return True
 
 
-@settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(0, 10**6), st.lists(st.sampled_from(sorted(SPELLINGS)), min_size=1, max_size=3, unique=True))
 def test_a_drawn_mask_is_what_its_form_says(seed: int, families: list[str]) -> None:
     case = Case(seed, tuple(families))
@@ -385,25 +384,28 @@ def test_a_drawn_mask_is_what_its_form_says(seed: int, families: list[str]) -> N
 
 
 def test_most_random_masks_were_drawn() -> None:
-    cases = [Case(seed, tuple(sorted(SPELLINGS)[seed % 5 :][:2])) for seed in range(40)]
+    cases = [Case(seed, tuple(sorted(SPELLINGS)[seed % 5 :][:2])) for seed in range(25)]
     drawn = [draws_agree(case, case.kind) for case in cases if case.kind != "hide"]
     assert sum(drawn) > 0.8 * len(drawn)
 
 
-def test_terms_beside_a_bias_are_hidden_in_the_bias() -> None:
-    [(region, _)] = capture(
-        attend_under(lambda q, k, b: biased(q, k, b).masked_fill(torch.arange(24) >= 9, -1e38 * 3.4028235)),
-        *qkv(torch.float32),
-        torch.zeros(24, 24),
-    )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_terms_beside_a_bias_are_hidden_in_the_bias(dtype: torch.dtype) -> None:
+    def short(q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return biased(q, k, bias).masked_fill(torch.arange(24) >= 9, torch.finfo(q.dtype).min)
+
+    [(region, _)] = capture(attend_under(short), *qkv(dtype), torch.zeros(24, 24))
     attention = region.attention
-    assert attention is not None and attention.mask.bias is not None
+    assert attention is not None and attention.mask.bias is not None and attention.mask.stop
     specimen = Specimen.of(region, True)
     reference = Reference(specimen, specimen.build(_emit_mask, Emitter))
+    q, k, _ = qkv(dtype)
+    hidden = ~causal(q, k) | (torch.arange(24) >= 9)
     for draw in ("typical", "other"):
-        values = dict(zip(specimen.sources, reference.problem(draw).inputs))
-        bias = values[attention.mask.bias]
-        assert (bias.triu(1).masked_select(torch.ones(24, 24).triu(1).bool()) <= -3e38).all()
+        bias = dict(zip(specimen.sources, reference.problem(draw).inputs))[attention.mask.bias]
+        rows = (bias > torch.finfo(dtype).min).any(-1)
+        assert (bias == torch.finfo(dtype).min)[rows][hidden[rows]].all()
+        assert rows.float().mean() > 0.8
 
 
 # -- signatures
@@ -465,7 +467,7 @@ def test_a_bucket_is_at_most_a_quarter_larger_and_its_own_bucket(length: int) ->
     assert bucket(max(length - 1, 0)) <= found
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(0, 10**6), st.sampled_from(sorted(SPELLINGS)))
 def test_the_signature_of_a_random_mask_is_deterministic(seed: int, family: str) -> None:
     case = Case(seed, (family,))
