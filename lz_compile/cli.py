@@ -322,7 +322,8 @@ def _progress(as_json: bool, title: str) -> Iterator[Callable[[str], None]]:
         TimeElapsedColumn(),
         TextColumn("{task.description}"),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    # What a script prints goes around the bar, but not from stdout to stderr when one of them is a file.
+    with Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
         task = bar.add_task(title, total=None)
 
         def show(text: str, done: int, total: int) -> None:
@@ -364,7 +365,7 @@ def _show_tuned(tuned: Tuned, as_json: bool, interrupted: bool) -> None:
     for reason in dict.fromkeys(empty):
         count = empty.count(reason)
         console.print(f"{count} graph{'s' * (count != 1)} without regions: {reason or 'nothing to replace'}")
-    if not tuned.graphs:
+    if not tuned.graphs and not interrupted:
         console.print("nothing was compiled with backend 'layerzero'")
     if not interrupted:
         console.print(_counts(tuned))
@@ -387,7 +388,7 @@ def _show_row(console: Console, row: Row) -> None:
             "  ->" if chosen else "",
             Text(candidate["kernel"], "green" if chosen else ""),
             f"{candidate['microseconds']:.4g}",
-            f"{candidate['spread']:.2g}",
+            "" if candidate["source"] == "estimated" else f"{candidate['spread']:.2g}",
             "" if error is None else f"{error:.2g}",
             candidate["source"],
         )

@@ -169,7 +169,7 @@ def _check_policy() -> list[Check]:
 
 def _check_settings() -> list[Check]:
     names = ("LZ_COMPILE_MEASURE", "LZ_COMPILE_PROVIDERS")
-    return [Check("setting", "ok", f"{name}={os.environ[name]}") for name in names if os.environ.get(name)]
+    return [Check(name, "ok", os.environ[name]) for name in names if os.environ.get(name)]
 
 
 def _check_provider(entry: ProviderStatus) -> Check:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import re
 import sys
 import time
 import warnings
@@ -237,7 +238,7 @@ class Progress:
             self._end = self.total
         else:
             self.done = min(self.done + 1, self._end)
-        self.show(f"{describe(signature)}: {kernel}", self.done, self.total)
+        self.show(f"{kernel}: {describe(signature)}", self.done, self.total)
 
     def finish(self) -> None:
         self.done = self._end
@@ -293,7 +294,9 @@ def rows(graphs: Sequence[GraphReport]) -> list[Row]:
     for graph in graphs:
         for region in graph.regions:
             mask = f", mask {region.mask}" if region.mask else ""
-            signature = f"{region.kind} ({region.pattern}): {region.shape}{mask}"
+            # A mask may read what belongs to a layer; the numbers of layers tell equal sites apart.
+            text = f"{region.kind} ({region.pattern}): {region.shape}{mask}"
+            signature = re.sub(r"\.\d+(?=\.)", ".*", text)
             key = (signature, graph.mode)
             if key in found:
                 found[key].sites += 1

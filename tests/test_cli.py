@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("typer", reason="lz-compile was not installed by pip")
+
 from typer.testing import CliRunner
 
 from lz_compile import canonical, doctor, measure, tune
@@ -19,6 +25,7 @@ from lz_compile.database import Database, Key, Record, default
 from lz_compile.lowering import kernels as registry
 from lz_compile.machine import Machine
 from lz_compile.region import Kernel, Provider, Region
+from lz_compile.report import GraphReport, RegionReport
 from lz_compile.signature import signature_of
 
 TINY = {
@@ -305,6 +312,38 @@ def test_decoding_is_tuned_with_the_mask_in_the_graph_and_as_generate_compiles_i
     assert [graph["regions"] for graph in document["graphs"]] == [2, 2, 2, 2]
 
 
+@pytest.mark.slow
+def test_ctrl_c_ends_the_command_with_130_and_the_database_keeps_what_was_measured() -> None:
+    command = [sys.executable, "-m", "lz_compile.cli", *LLAMA]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not default().records(kernel="aten.*") and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert re.search(r"interrupted: [1-9]\d* measured", errors.splitlines()[-1]) and "Traceback" not in errors
+    assert default().records(kernel="aten.*")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_kernels_are_asked_about_cuda_and_tuned_under_cuda_graphs() -> None:
+    found = {kernel["name"]: kernel for kernel in run_json("kernels")["kernels"]}
+    assert {"decode", "decode, mask as input"} <= set(found["triton.split_kv"]["takes"])
+    assert {"prefill, causal", "head size 64"} <= set(found["aten.flash"]["takes"])
+    settings = [part for k, v in {**TINY, "hidden_size": 256}.items() for part in ("--set", f"{k}={v}")]
+    shape = ["--sequence", "128", "--cache", "256", "--position", "100"]
+    command = ["tune", "llama", *settings, *shape, "--mode", "reduce-overhead"]
+    document = run_json(*command)
+    assert not document["failed"] and document["measured"] > 8
+    decoding = [region for region in document["regions"] if "1 queries, 256 keys" in region["signature"]]
+    assert decoding and all(region["mode"] == "reduce-overhead" for region in decoding)
+    measured = [c for region in decoding for c in region["candidates"] if c["kernel"] != "inductor"]
+    assert measured and all(c["graph_safe"] for c in measured)
+    assert run_json(*command)["measured"] == 0
+
+
 SCRIPT = """
     import os, sys, torch, torch.nn.functional as F
 
@@ -419,8 +458,19 @@ def test_the_bar_moves_with_each_kernel_of_each_signature() -> None:
         counter.hear(signature, kernel)
     counter.finish()
     assert [(done, total) for _, done, total in shown] == [(0, 3), (1, 3), (3, 6), (4, 6), (5, 6)]
-    assert shown[1][0].endswith(": b")
+    assert shown[1][0].startswith("b: ")
     assert counter.done == counter.total == 6
+
+
+def test_layers_whose_masks_read_their_own_caches_share_a_row() -> None:
+    def region(layer: int) -> RegionReport:
+        mask = f"causal(offset=cache.layers.{layer}.length)"
+        return RegionReport("attention", f"layers.{layer}", "sdpa", "1 queries", mask, "", "aten.math", "")
+
+    graphs = [GraphReport("", mode, {}, [region(0), region(1)]) for mode in ("default", "reduce-overhead")]
+    found = [(row.signature, row.mode, row.sites) for row in tune.rows(graphs)]
+    signature = "attention (sdpa): 1 queries, mask causal(offset=cache.layers.*.length)"
+    assert found == [(signature, "default", 2), (signature, "reduce-overhead", 2)]
 
 
 def test_listeners_of_measuring_hear_for_the_length_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
