@@ -261,9 +261,13 @@ class _Inputs:
         unproved = [(a.mask.dense, a.mask.dense_hides), (a.mask.bias, False)]
         drawn = [(node, hides) for node, hides in unproved if node is not None and node not in self.values]
         for node, hides in drawn:
-            self._dense(node, hides)
-        for node, hides in drawn:
-            self._agree_with_terms(node, hides, visible(self._known(a.mask_node)))
+            layout = self._layout(node)
+            shows = layout.dtype == torch.bool and not hides
+            self._tensor(node, torch.full((), shows, dtype=layout.dtype, device=layout.device))
+        if drawn:
+            terms = visible(self._known(a.mask_node))
+            for node, hides in drawn:
+                self._dense(node, hides, terms)
         if a.mask_node is not None and a.mask_node not in self.values:
             self._tensor(a.mask_node, self._mask_tensor(a.mask_node, visible(self._known(a.mask_node))))
         return [self.values[node] for node in self.specimen.sources]
@@ -369,7 +373,12 @@ class _Inputs:
             position = torch.arange(length, device=layout.device).expand(layout.sizes) + max(end - length, 0)
             self._tensor(read.node, position * parts // max(self.keys, 1))
 
-    def _dense(self, node: fx.Node, hides: bool) -> None:
+    def _dense(self, node: fx.Node, hides: bool, terms: torch.Tensor) -> None:
+        """An unproved mask: what ``terms``, proved beside it, hide, it hides, since they follow from it.
+
+        In float16 it leaves no row without keys that the terms show: the least number is too small there to make all
+        scores equal, so that such a row would be a matter of rounding.
+        """
         layout = self._layout(node)
         sizes = (1,) * (4 - len(layout.sizes)) + layout.sizes
         q = torch.arange(sizes[2], device=layout.device)[:, None]
@@ -379,28 +388,16 @@ class _Inputs:
             noise = torch.rand(sizes, generator=self.generator, device=layout.device, dtype=torch.float32)
             shown = noise < 0.6
             shown[..., -1, :] &= torch.arange(sizes[0], device=layout.device)[:, None, None] % 4 != 3
-        if layout.dtype == torch.bool:
-            self._tensor(node, (~shown if hides else shown).reshape(layout.sizes))
-            return
-        wide = torch.promote_types(layout.dtype, torch.float32)
-        bias = torch.zeros(sizes, device=layout.device, dtype=wide)
-        if not self.typical:
-            bias = torch.randn(sizes, generator=self.generator, device=layout.device, dtype=wide)
-        self._tensor(node, bias.masked_fill(~shown, torch.finfo(layout.dtype).min).reshape(layout.sizes))
-
-    def _agree_with_terms(self, node: fx.Node, hides: bool, visible: torch.Tensor) -> None:
-        """Terms that were proved beside an unproved mask follow from it: what they hide, the mask hides.
-
-        In float16 no row is left without keys: the least number is too small to make all scores equal, so that such a
-        row is a matter of rounding.
-        """
-        layout, value = self._layout(node), self.values.pop(node)
-        least = hides if layout.dtype == torch.bool else torch.finfo(layout.dtype).min
-        shown = _reduced(visible, layout)
-        value = value.masked_fill(~shown, least)
+        possible = _reduced(terms, layout)
+        shown = shown.reshape(layout.sizes) & possible
         if layout.dtype == torch.float16:
-            value = value.masked_fill((value == least).all(-1, keepdim=True) & shown, 0.0)
-        self._tensor(node, value)
+            shown = torch.where(shown.any(-1, keepdim=True), shown, possible)
+        del self.values[node]
+        if layout.dtype == torch.bool:
+            self._tensor(node, ~shown if hides else shown)
+        else:
+            bias = torch.zeros((), device=layout.device) if self.typical else self._normal(node)
+            self._tensor(node, bias.to(layout.dtype).masked_fill(~shown, torch.finfo(layout.dtype).min))
 
     def _mask_tensor(self, node: fx.Node, visible: torch.Tensor) -> torch.Tensor:
         """The mask as the graph had it, from what is visible: ``[B, H or 1, M, N]`` in the shape of ``node``."""
