@@ -57,7 +57,9 @@ def available() -> str | None:
     return _missing
 
 
-def tile_config(dtype: torch.dtype, head_size: int, queries: int | torch.SymInt) -> TileConfig:
+def tile_config(
+    dtype: torch.dtype, head_size: int, queries: int | torch.SymInt, reads_mask: bool = False
+) -> TileConfig:
     """Tile sizes of ``tiled`` for a head size (the larger one of keys and values).
 
     Query, accumulator and scores of a block live in registers and K/V of each stage in shared memory (227 KiB on an
@@ -66,13 +68,15 @@ def tile_config(dtype: torch.dtype, head_size: int, queries: int | torch.SymInt)
     programs fit on an SM (``python benchmarks/kernels.py --dry``), whose products and exponentials then overlap: 203 us
     for B=8, S=1024, H=32, D=128 on an H200 against 210 for 64 x 64 and 233 for 128 x 128.
     Float32 runs without tensor cores, where small tiles avoid spills.  A symbolic number of queries gets the tile of
-    a long prefill: choosing by it would add a guard.
+    a long prefill: choosing by it would add a guard.  Tiles of a mask tensor take shared memory as well.
     """
     block = _power_of_two(head_size)
     if dtype == torch.float32:
         return TileConfig(32, 32, 4, 2 if block <= 64 else 1)
     if isinstance(queries, int) and queries <= 1024:
         return TileConfig(64, 32, 4, 3) if block <= 128 else TileConfig(64, 64, 4, 2)
+    if reads_mask:
+        return TileConfig(128, 64, 8, 2) if block <= 128 else TileConfig(64, 64, 4, 2)
     if block <= 128:
         return TileConfig(128, 128, 8, 3)
     return TileConfig(128, 64, 8, 2)
@@ -326,7 +330,7 @@ def _run_tiled(
     kv_heads, keys, value_size = int(value.shape[1]), value.shape[2], value.shape[3]
     has_documents = query_documents is not None and key_documents is not None
     if config is None:
-        config = tile_config(query.dtype, max(head_size, value_size), queries)
+        config = tile_config(query.dtype, max(head_size, value_size), queries, mask is not None)
     # The memory of ``attend_output``.  Both kernels write to its owner rather than to a transposed view, so that
     # Inductor need not see through views to let them do so in place.
     out = query.new_empty(batch, queries, heads, value_size)

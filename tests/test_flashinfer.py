@@ -724,6 +724,6 @@ class TestOnGpu:
             graph.replay()
             visible = torch.arange(keys, device="cuda") < lengths[:, None]
             expected = attend(q.double(), k.double(), v.double(), mask=visible[:, None, None], scale=0.088)
-            assert out.stride() == expected.stride()
+            assert out.transpose(1, 2).is_contiguous()
             torch.testing.assert_close(out.double(), expected, atol=2e-2, rtol=2e-2)
             assert not semaphores.any()
