@@ -251,9 +251,14 @@ def _kind(signature: str) -> str:
 
 
 def describe(signature: str) -> str:
-    """A signature in a few words; one that is not known as it came."""
+    """A signature in a few words; one that is not JSON as it came."""
     try:
         facts = json.loads(signature)
+    except ValueError:
+        return signature
+    if not isinstance(facts, dict):
+        return signature
+    try:
         heads, kv_heads = facts["heads"]
         size, value_size = facts["head_size"]
         mask = [word for word in facts["mask"] if word != "empty_row"]
@@ -265,8 +270,9 @@ def describe(signature: str) -> str:
             f"{facts['dtype']} {facts['device']}",
         ]
         return f"{facts['kind']} {', '.join(words)}, mask {'+'.join(mask) or 'none'}"
-    except (ValueError, KeyError, TypeError):
-        return signature
+    except (ValueError, KeyError, TypeError):  # not attention
+        kind = facts.pop("kind", "")
+        return " ".join([str(kind), ", ".join(f"{name} {value}" for name, value in facts.items())]).strip()
 
 
 # -- what came out

@@ -487,7 +487,7 @@ def test_a_signature_is_described_in_words() -> None:
         "attention batch 2, 8/2 heads, 512 x 512, size 128, bfloat16 cpu, mask lower+upper+tensor"
     )
     assert tune.describe("roof cpu") == "roof cpu"
-    assert tune.describe('{"kind":"rms_norm"}') == '{"kind":"rms_norm"}'
+    assert tune.describe('{"kind":"rms_norm","rows":8,"dtype":"float16"}') == "rms_norm rows 8, dtype float16"
 
 
 # -- db
