@@ -130,14 +130,14 @@ def plans_on_the_host() -> Run:
 
 
 def allocates_outside_the_pool() -> Run:
-    """Takes its scratch from a memory pool of its own."""
-    pools: list[Any] = []
+    """Takes its scratch on a stream of its own, which the capture does not follow."""
+    streams: list[Any] = []
 
     def run(query: torch.Tensor, *rest: Any) -> torch.Tensor:
         if query.is_cuda:
-            if not pools:
-                pools.append(torch.cuda.MemPool())
-            with torch.cuda.use_mem_pool(pools[0]):
+            if not streams:
+                streams.append(torch.cuda.Stream())
+            with torch.cuda.stream(streams[0]):
                 scratch = torch.empty(4 << 20, dtype=torch.uint8, device=query.device)
             scratch.zero_()
         return attend(query, *rest)
