@@ -8,6 +8,7 @@ else: within a budget, dearest groups first, by one process at a time, on inputs
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ import torch
 import torch.fx as fx
 
 from lz_compile import config
+from lz_compile.compat import is_higher_order
 from lz_compile.machine import Machine
 from lz_compile.region import INDUCTOR, Kernel, Region, Work
 from lz_compile.roofline import VERSION as ROOF_VERSION
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("lz_compile")
 
 Source = Literal["measured", "remembered", "estimated"]
+
+# Told (signature, kernel) before each kernel is measured: progress bars.
+listeners: list[Callable[[str, str], None]] = []
 _NO_MEMORY = "not measured: too little memory is free"
 
 
@@ -410,8 +415,15 @@ class _Bench:
         from lz_compile.graph_safety import replay_follows
         from lz_compile.qualify import Verdict, one_line, qualify
 
+        for listener in listeners:
+            listener(self.group.signature or "", kernel.name)
         try:
             module = self.specimen.build(self._emit_of(kernel), self.terms.make_emitter)
+            if _is_generated(module):
+                inputs = self.reference.problem("typical").inputs
+                module.forward = _compiled(module, inputs, self.terms.inductor)  # type: ignore[method-assign]
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             return Verdict(False, f"failed to emit: {one_line(error)}"), None
         verdict = qualify(self.reference, module)
@@ -438,7 +450,7 @@ class _Bench:
         calls: dict[str, Callable[[int], Any]] = {}
         for name, module in modules.items():
             try:
-                calls[name] = _bound(module, self.specimen, inputs)
+                calls[name] = _bound(module, self.specimen, inputs, self.terms.inductor)
             except torch.OutOfMemoryError:
                 self.skipped[name] = _NO_MEMORY
                 _give_memory_back(device)
@@ -456,19 +468,32 @@ class _Bench:
 
     def _as_inductor(self, inputs: list[list[Any]]) -> Callable[[int], Any]:
         """What Inductor makes of the region's own nodes."""
-        from torch._inductor.compile_fx import compile_fx
-
-        module = self.specimen.as_it_stood()
-        for node in module.graph.nodes:
-            node.meta = {}
-        patches = {**self.terms.inductor, "triton.cudagraphs": False}
-        with torch._guards.tracing(None):
-            compiled = compile_fx(module, inputs[0], config_patches=patches)
+        for listener in listeners:
+            listener(self.group.signature or "", INDUCTOR)
+        compiled = _compiled(self.specimen.as_it_stood(), inputs[0], self.terms.inductor)
         compiled(*inputs[0])
         return lambda copy: compiled(*inputs[copy])
 
 
-def _bound(module: fx.GraphModule, specimen: Specimen, inputs: list[list[Any]]) -> Callable[[int], Any]:
+def _is_generated(module: fx.GraphModule) -> bool:
+    """Whether Inductor generates the kernel: a higher-order operator runs as something else eagerly."""
+    return any(is_higher_order(node) for node in module.graph.nodes)
+
+
+def _compiled(module: fx.GraphModule, inputs: list[Any], inductor: dict[str, Any]) -> Callable[..., Any]:
+    """A module as Inductor compiles it in the middle of another compile, for real inputs, without CUDA graphs."""
+    from torch._inductor.compile_fx import compile_fx
+
+    plain = fx.GraphModule(module, copy.deepcopy(module.graph))
+    for node in plain.graph.nodes:
+        node.meta = {}
+    with torch._guards.tracing(None):
+        return compile_fx(plain, inputs, config_patches={**inductor, "triton.cudagraphs": False})
+
+
+def _bound(
+    module: fx.GraphModule, specimen: Specimen, inputs: list[list[Any]], inductor: dict[str, Any]
+) -> Callable[[int], Any]:
     """The part of a module that every layer runs; what depends on the mask alone is shared by layers and done here."""
     a = specimen.attention
     roots = {specimen.sources.index(node) for node in (a.query, a.key, a.value)}
@@ -492,7 +517,7 @@ def _split(module: fx.GraphModule, roots: set[int]) -> tuple[fx.GraphModule, fx.
     cut: list[fx.Node] = []
     for node in graph.nodes:
         if node in late:
-            cut += [a for a in node.all_input_nodes if a not in late and a not in cut]
+            cut += [a for a in node.all_input_nodes if a not in late and a not in cut and a.op != "get_attr"]
     first = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
@@ -506,7 +531,7 @@ def _split(module: fx.GraphModule, roots: set[int]) -> tuple[fx.GraphModule, fx.
     for node in cut:
         moved[node] = second.placeholder(f"shared_{node.name}")
     for node in graph.nodes:
-        if node in late and node.op != "placeholder":
+        if node.op == "get_attr" or (node in late and node.op != "placeholder"):
             moved[node] = second.node_copy(node, lambda n: moved[n])
     return fx.GraphModule(module, first), fx.GraphModule(module, second)
 
