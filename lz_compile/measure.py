@@ -173,7 +173,7 @@ class _Gathering:
         roof = self._roof()
         fresh: dict[Key, Record] = {}
         skipped: list[dict[str, str]] = [{} for _ in groups]
-        may_measure = self.terms.measure == "auto" and not _capturing(self.device)
+        may_measure = self.terms.measure == "auto" and _is_measurable(self.device)
         if may_measure:
             order = sorted(range(len(groups)), key=lambda i: -self._value(groups[i], roof))
             with _apart(self.device):
@@ -221,7 +221,7 @@ class _Gathering:
         known = remembered()
         if known is not None:
             return known
-        if self.terms.measure != "auto" or self.left <= 0 or _capturing(self.device):
+        if self.terms.measure != "auto" or self.left <= 0 or not _is_measurable(self.device):
             return nominal(self.device)
         with self.database.claim(key, wait=max(self.left, 0.0)) as mine:
             known = remembered()  # someone else may have measured it meanwhile
@@ -305,6 +305,9 @@ class _Gathering:
     def _measure(
         self, group: Group, missing: dict[str, Key], known: dict[Key, Record], skipped: dict[str, str]
     ) -> dict[Key, Record]:
+        if group.regions[0].output.meta["val"].device != self.device:
+            skipped.update(dict.fromkeys(missing, "not measured: the graph's first region is on another device"))
+            return {}
         if self.left <= 0:
             skipped.update(dict.fromkeys(missing, f"not measured: the budget of {self.terms.budget:g} s was spent"))
             return {}
@@ -544,16 +547,15 @@ def _emit_mask(emitter: Any, region: Region) -> Any:
     return (m.bounds, m.key_mask, m.query_documents, m.key_documents, m.mask)
 
 
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def _is_measurable(device: torch.device) -> bool:
+    """Other devices run asynchronously in ways of their own; a stream that is being captured runs nothing."""
+    return device.type == "cpu" or (device.type == "cuda" and not torch.cuda.is_current_stream_capturing())
 
 
 @contextlib.contextmanager
 def _apart(device: torch.device) -> Iterator[None]:
-    """Real tensors in the middle of a compile, untouched by the state of the caller's thread and leaving it untouched.
-
-    Modes, default device, autocast, inference mode and gradients are off; random states are put back, and memory is
-    given back.
+    """Real tensors in the middle of a compile: no dispatch modes of the caller's, no gradients; random states are put
+    back and memory is given back.  (Default devices and inference mode Dynamo keeps away from a backend.)
     """
     from torch.utils._python_dispatch import _disable_current_modes
 
@@ -562,9 +564,6 @@ def _apart(device: torch.device) -> Iterator[None]:
     with (
         torch.random.fork_rng([device] if on_gpu else []),
         _disable_current_modes(),
-        _no_function_modes(),
-        torch._C._DisableAutocast(),
-        torch.inference_mode(False),
         torch.no_grad(),
         guard,
     ):
@@ -578,14 +577,3 @@ def _give_memory_back(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-
-
-@contextlib.contextmanager
-def _no_function_modes() -> Iterator[None]:
-    """Without the TorchFunctionModes of the caller, such as ``with torch.device("meta")``."""
-    modes = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())]
-    try:
-        yield
-    finally:
-        for mode in reversed(modes):
-            torch._C._push_on_torch_function_stack(mode)

@@ -233,7 +233,7 @@ def test_a_folder_that_cannot_be_written_costs_a_warning_only(
 # -- many at once
 
 _WORKER = """
-    import sys, threading, json, torch
+    import json, sys, threading, torch
     import torch.nn.functional as F
     sys.path.insert(0, {tests!r})
     import kernels_for_tests as bad
@@ -258,11 +258,13 @@ _WORKER = """
 
     def work(number):
         try:
-            for length in (32, 64, 96):
+            for length in (32, 64):
                 def attend(q, k, v):
                     position = torch.arange(length)
                     shown = (position[None] <= position[:, None]) & (position[None] > position[:, None] - 20)
                     return F.scaled_dot_product_attention(q, k, v, shown)
+                # Code of its own, so that no thread gets what another has compiled.
+                attend.__code__ = attend.__code__.replace(co_name=f"attend_{{number}}_{{length}}")
                 q, k, v = (torch.randn(2, 4, length, 16) for _ in range(3))
                 with torch.no_grad():
                     out = torch.compile(attend, backend=backend, dynamic=False)(q, k, v)
@@ -323,12 +325,12 @@ def test_processes_and_threads_measure_everything_once(processes: int, threads: 
     answers = compile_in_processes(fresh, processes, threads, lambda: None)
     for problems, sources, graphs in answers:
         assert not problems
-        assert set(sources) <= {"measured", "remembered"} and graphs >= 3
+        assert set(sources) <= {"measured", "remembered"} and graphs == 2 * threads
     stored = records(fresh)
     assert not twice([record.key for record in stored]), twice([record.key for record in stored])
     names = Counter(record.key.kernel for record in stored)
     assert names["machine.roof"] == 1
-    assert all(count == 3 for name, count in names.items() if name != "machine.roof"), names
+    assert all(count == 2 for name, count in names.items() if name != "machine.roof"), names
     assert {"t.kernel", "cpu.ranges", "aten.sdpa_masked"} <= set(names)
 
 
@@ -553,3 +555,12 @@ def test_the_fitted_and_the_nominal_roof_are_of_one_order() -> None:
 def test_the_machine_of_the_records_is_this_one(no_inductor: None, fresh: Path) -> None:
     run()
     assert {record.key.machine for record in records(fresh)} == {Machine.of(CPU)}
+
+
+def test_a_region_on_a_device_that_cannot_be_timed_is_estimated(fresh: Path) -> None:
+    compiled, road = compile_road(windowed, measure="auto")
+    with torch.no_grad():
+        out = compiled(*(tensor.to("meta") for tensor in qkv()))
+    assert out.device.type == "meta"
+    assert {candidate.source for region in road.regions for candidate in region.candidates} <= {"estimated"}
+    assert not (fresh / FILE).exists() or not records(fresh)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.fx as fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels_for_tests as bad
 import lz_compile
@@ -30,7 +31,6 @@ from lz_compile.signature import signature_of
 from road import compile_road
 from test_qualification import attend_under, capture, padded, qkv, windowed
 from tiny import DECODERS, tokens
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 CPU = torch.device("cpu")
 BANDWIDTH = nominal(CPU).bandwidth
