@@ -208,6 +208,8 @@ def test_a_file_that_is_garbage_costs_a_warning_only(content: bytes, no_inductor
 def test_a_file_that_breaks_while_measuring_costs_a_warning_only(how: str, no_inductor: None, fresh: Path) -> None:
     def breaks(*arguments: Any) -> torch.Tensor:
         for path in fresh.glob(FILE + "*"):
+            if path.name.endswith("-shm") and how != "removed":
+                continue  # memory shared by processes: the system kills whoever reads behind its end
             if how == "removed":
                 path.unlink()
             else:
