@@ -192,8 +192,11 @@ def _empty_row_code(empty_row: str) -> int:
 
 
 def uses_tf32(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the user allows products of float32 to be rounded to TF32."""
-    return dtype == torch.float32 and device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+    """Whether the user allows products of float32 to be rounded to TF32.
+
+    ``torch.get_float32_matmul_precision`` raises where the newer setting was used.
+    """
+    return dtype == torch.float32 and device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def qualify(reference: Reference, module: fx.GraphModule) -> Verdict:

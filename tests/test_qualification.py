@@ -24,7 +24,7 @@ from lz_compile.mask import MaskForm
 from lz_compile.measure import _emit_mask
 from lz_compile.normalize import module_path, normalize
 from lz_compile.patterns.attention import find_attention
-from lz_compile.qualify import Reference, qualify
+from lz_compile.qualify import Reference, qualify, uses_tf32
 from lz_compile.region import Attention, Kernel, Region
 from lz_compile.rewrite import is_copied, laid_out
 from lz_compile.signature import bucket, signature, signature_of
@@ -295,6 +295,22 @@ def test_the_tolerance_tells_rounding_from_a_slip_in_each_dtype() -> None:
         found = verdicts(region, [make("t.right", bad.right), make("t.slips", slips)])
         assert found["t.right"].qualified and found["t.right"].error < 0.5
         assert not found["t.slips"].qualified and found["t.slips"].error > 1.5
+
+
+def test_tf32_is_known_by_the_old_setting_and_by_the_new_one() -> None:
+    matmul, cuda = torch.backends.cuda.matmul, torch.device("cuda")
+    before = matmul.fp32_precision
+    try:
+        assert not uses_tf32(torch.float32, cuda)
+        torch.set_float32_matmul_precision("high")
+        assert uses_tf32(torch.float32, cuda) and not uses_tf32(torch.bfloat16, cuda)
+        assert not uses_tf32(torch.float32, torch.device("cpu"))
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = "tf32"
+        assert uses_tf32(torch.float32, cuda)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = before
 
 
 def test_every_wrong_element_of_a_short_output_is_seen_and_the_ends_of_a_long_one() -> None:
