@@ -264,6 +264,38 @@ def test_our_kernels_qualify_in_every_dtype_and_under_every_mask(name: str, dtyp
             assert verdict.error > 0
 
 
+@pytest.mark.parametrize("name", MASKS)
+def test_what_inductor_is_timed_on_computes_the_region(name: str) -> None:
+    mask, extra, sizes = MASKS[name]
+    for fn in (attend_under(mask), eager_under(mask)):
+        if fn.__qualname__.startswith("eager") and (name == "none" or "bias" in name):
+            continue
+        [(region, _)] = capture(fn, *qkv(torch.float32, **sizes), *extra)
+        specimen = Specimen.of(region, True)
+        reference = Reference(specimen, specimen.build(_emit_mask, Emitter))
+        module = specimen.as_it_stood()
+        for draw in ("typical", "other"):
+            problem = reference.problem(draw)
+            assert reference.error(problem, module(*problem.inputs)) < 1
+
+
+MEASURED = ["chunk", "documents", "input decode", "input prefill", "bias", "cache chunk"]
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_every_kind_of_mask_is_measured_through_the_road(name: str) -> None:
+    mask, extra, sizes = MASKS[name]
+    inputs = qkv(torch.float32, **sizes)
+    fn = attend_under(mask)
+    compiled, road = compile_road(fn, measure="auto")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*inputs, *extra), fn(*inputs, *extra), atol=1e-5, rtol=1e-4)
+    [region] = road.regions
+    sources = {candidate.source for candidate in region.candidates if candidate.kernel != "inductor"}
+    assert sources == {"measured"}, region.rejected
+    assert not [why for why in region.rejected.values() if why.startswith(("wrong", "failed", "returned"))]
+
+
 def test_stacked_products_of_three_dimensions_qualify() -> None:
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return torch.bmm(torch.softmax(torch.bmm(q, k.transpose(1, 2)) * 0.25, -1), v)
