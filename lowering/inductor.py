@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 
+from lz_compile.lowering.pointwise import pointwise_work
 from lz_compile.lowering.work import attention_work
 from lz_compile.mask import MaskForm
 from lz_compile.region import Region, Work
+
+
+def as_it_stood(region: Region) -> Work:
+    """What Inductor does for a region that is left alone."""
+    if region.attention is not None:
+        return attention_as_it_stood(region)
+    if region.op is not None:
+        return pointwise_work(region, 0.8)
+    return Work(0.0, 0.0)
 
 
 def attention_as_it_stood(region: Region) -> Work:

@@ -44,7 +44,7 @@ KERNELS: list[Kernel] = [
 KERNELS += [kernel for kernel in aten.PROVIDER.kernels if kernel not in KERNELS]
 
 # Modules of lz_compile.lowering that wrap a third-party library, each named as its provider.
-OPTIONAL = ("flash_attn", "flashinfer", "xformers", "flex")
+OPTIONAL = ("flash_attn", "flashinfer", "xformers", "flex", "liger")
 
 
 @dataclass(frozen=True)

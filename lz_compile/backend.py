@@ -95,11 +95,12 @@ def improve(
 def _transform(normal: fx.GraphModule, report: GraphReport, inductor: dict[str, Any]) -> int:
     from lz_compile.graph_safety import skipped_reasons
     from lz_compile.lowering.emit import Emitter
-    from lz_compile.lowering.inductor import attention_as_it_stood
+    from lz_compile.lowering.inductor import as_it_stood
     from lz_compile.lowering.kernels import kernels, providers
     from lz_compile.measure import Terms
     from lz_compile.needed_rows import trim
     from lz_compile.patterns.attention import find_attention
+    from lz_compile.patterns.pointwise import POINTWISE
     from lz_compile.patterns.rope_tables import find_rope_tables
     from lz_compile.plan import Market, joint
     from lz_compile.policy import active
@@ -119,13 +120,16 @@ def _transform(normal: fx.GraphModule, report: GraphReport, inductor: dict[str, 
         receipt.note = f"{len(regions)} attention sites"
         if regions and "rope_table" in config.kinds:
             regions += find_rope_tables(normal.graph, module_path)
+        running = kernels()
+        for kind in sorted({kernel.kind for kernel in running} & set(config.kinds) & set(POINTWISE)):
+            regions += POINTWISE[kind](normal.graph, aliases, module_path)
     if not regions:
         report.reason = report.reason or ("" if trimmed else "nothing to replace")
         return int(bool(trimmed))
     with report.step("plan") as receipt:
         graphs = _uses_cuda_graphs(inductor)
         terms = Terms(config.measure, config.measure_budget, graphs, inductor, Emitter, laid_out)
-        market = Market(kernels(), {provider.name: provider for provider in providers()}, attention_as_it_stood)
+        market = Market(running, {provider.name: provider for provider in providers()}, as_it_stood)
         plan = joint(regions, market, terms, policy, report.mode, is_copied)
         # A table that no kernel stores is what Inductor does anyway: nothing to report.
         plan.choices = [c for c in plan.choices if c.kernel is not None or c.region.kind != "rope_table"]

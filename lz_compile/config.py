@@ -32,7 +32,7 @@ policy: str = ""
 trim_rows: bool = True
 
 # Region kinds to look for; an empty list leaves every graph to Inductor.
-kinds: list[str] = ["attention", "rope_table"]
+kinds: list[str] = ["attention", "rope_table", "rms_norm", "glu", "rope"]
 
 # Values of settings that take one of a few words.
 _WORDS = {"measure": ("auto", "cached", "off")}

@@ -28,11 +28,13 @@ from lz_compile.specimen import NoSpecimen, Specimen, copy_of
 
 if TYPE_CHECKING:
     from lz_compile.database import Database, Key, Record
-    from lz_compile.qualify import Reference
 
 log = logging.getLogger("lz_compile")
 
 Source = Literal["measured", "remembered", "estimated"]
+
+# A kernel whose estimate is this many times the best is not run: at 16384 tokens scores alone would fill a GPU.
+_HOPELESS = 30.0
 
 # Told (signature, kernel) before each kernel is measured: progress bars.
 listeners: list[Callable[[str, str], None]] = []
@@ -148,6 +150,7 @@ class _Gathering:
         self.graphs = terms.graphs and device.type == "cuda"
         self.started = time.perf_counter()
         self.measured = 0
+        self.roof = nominal(device)
 
     @property
     def left(self) -> float:
@@ -170,12 +173,12 @@ class _Gathering:
     def run(self, groups: Sequence[Group]) -> Gathered:
         keys = [self.keys(group) for group in groups]
         known = self._look_up([key for mapping in keys for key in mapping.values()])
-        roof = self._roof()
+        self.roof = self._roof()
         fresh: dict[Key, Record] = {}
         skipped: list[dict[str, str]] = [{} for _ in groups]
         may_measure = self.terms.measure == "auto" and _is_measurable(self.device)
         if may_measure:
-            order = sorted(range(len(groups)), key=lambda i: -self._value(groups[i], roof))
+            order = sorted(range(len(groups)), key=lambda i: -self._value(groups[i]))
             with _apart(self.device):
                 for i in order:
                     missing = {name: key for name, key in keys[i].items() if key not in known}
@@ -183,10 +186,9 @@ class _Gathering:
                     if missing and groups[i].kernels:
                         fresh.update(self._measure(groups[i], missing, known, skipped[i]))
         evidence = [
-            self._evidence(group, mapping, known, fresh, roof, why)
-            for group, mapping, why in zip(groups, keys, skipped)
+            self._evidence(group, mapping, known, fresh, why) for group, mapping, why in zip(groups, keys, skipped)
         ]
-        return Gathered(evidence, roof, self._note(len(known)))
+        return Gathered(evidence, self.roof, self._note(len(known)))
 
     def _note(self, known: int) -> str:
         parts = []
@@ -237,18 +239,19 @@ class _Gathering:
             self.database.store([Record(key, None, 0.0, 0, 0.0, True, evidence=facts, created=time.time())])
         return roof
 
-    def _value(self, group: Group, roof: Roof) -> float:
+    def _value(self, group: Group) -> float:
         """Seconds at stake in a group, roughly."""
-        estimates = [self._estimate(work, group, roof) for work in (group.stands, *(k.work for k in group.kernels))]
+        estimates = [self.estimate(work, group) for work in (group.stands, *(k.work for k in group.kernels))]
         return max([e for e in estimates if e is not None], default=0.0) * len(group.regions)
 
-    def _estimate(self, work: Callable[[Region], Work] | None, group: Group, roof: Roof) -> float | None:
+    def estimate(self, work: Callable[[Region], Work] | None, group: Group) -> float | None:
+        """Roofline seconds of a kernel on a group, None where it has none."""
         if work is None:
             return None
         region = group.regions[0]
         try:
             dtype = region.output.meta["val"].dtype
-            return roof.seconds(work(region), dtype, self.device.type)
+            return self.roof.seconds(work(region), dtype, self.device.type)
         except Exception as error:
             if config.strict:
                 raise
@@ -261,7 +264,6 @@ class _Gathering:
         keys: dict[str, Key],
         known: dict[Key, Record],
         fresh: dict[Key, Record],
-        roof: Roof,
         skipped: dict[str, str],
     ) -> Evidence:
         """Measured kernels compete with each other; only where none was measured do estimates decide."""
@@ -288,14 +290,14 @@ class _Gathering:
             elif self.graphs and not kernel.cuda_graphs:
                 result.rejected[kernel.name] = "not safe under CUDA graphs: its record does not say that it is"
             else:
-                seconds = self._estimate(kernel.work, group, roof)
+                seconds = self.estimate(kernel.work, group)
                 # Without an estimate the order of preference decides.
                 result.figures[kernel.name] = Figure(
                     1e-9 * (1 + group.kernels.index(kernel)) if seconds is None else seconds, "estimated"
                 )
         if INDUCTOR not in result.figures:
             slowest = max((f.seconds for f in result.figures.values()), default=0.0)
-            stands = self._estimate(group.stands, group, roof) if not anything_measured else None
+            stands = self.estimate(group.stands, group) if not anything_measured else None
             # Unknown and unmeasured: a kernel that was picked for a reason goes first.
             result.figures[INDUCTOR] = Figure(max(stands or 0.0, 1.05 * slowest), "estimated")
         return result
@@ -351,9 +353,18 @@ class _Bench:
         self.group = group
         self.missing = missing
         self.skipped = skipped
-        self.specimen = Specimen.of(group.regions[0], group.copied)
-        mask = self.specimen.build(_emit_mask, self.terms.make_emitter)
-        self.reference: Reference = Reference(self.specimen, mask)
+        self.specimen: Specimen
+        self.reference: Any
+        if group.regions[0].attention is not None:
+            self.specimen = Specimen.of(group.regions[0], group.copied)
+            mask = self.specimen.build(_emit_mask, self.terms.make_emitter)
+            self.reference = Reference(self.specimen, mask)
+        else:
+            from lz_compile.lowering.pointwise import meaning
+            from lz_compile.pointwise_specimen import PointwiseReference, PointwiseSpecimen
+
+            pointwise = PointwiseSpecimen.of(group.regions[0], group.copied)
+            self.specimen, self.reference = pointwise, PointwiseReference(pointwise, meaning(group.regions[0]))
 
     def run(self) -> list[Record]:
         from lz_compile.database import Record, confidence_of
@@ -361,7 +372,7 @@ class _Bench:
         verdicts: dict[str, Any] = {}
         modules: dict[str, fx.GraphModule] = {}
         for kernel in self.group.kernels:
-            if kernel.name not in self.missing or not self._affordable(kernel):
+            if kernel.name not in self.missing or self._is_hopeless(kernel) or not self._affordable(kernel):
                 continue
             try:
                 verdict, module = self._qualify(kernel)
@@ -399,6 +410,17 @@ class _Bench:
                 )
             )
         return records
+
+    def _is_hopeless(self, kernel: Kernel) -> bool:
+        """Whether a kernel's estimate is so far from the best that running it would only cost time and memory."""
+        estimates = {k.name: self.gathering.estimate(k.work, self.group) for k in self.group.kernels}
+        known = {name: seconds for name, seconds in estimates.items() if seconds is not None}
+        mine = known.get(kernel.name)
+        if mine is None or not mine > _HOPELESS * min(known.values()):
+            return False
+        best = min(known, key=known.__getitem__)
+        self.skipped[kernel.name] = f"not measured: estimated to take {mine / known[best]:.0f} times as long as {best}"
+        return True
 
     def _affordable(self, kernel: Kernel) -> bool:
         left = self.gathering.left
@@ -447,7 +469,7 @@ class _Bench:
 
         device = self.gathering.device
         one = sum(x.bytes for x in self.specimen.layouts.values() if not isinstance(x, int))
-        inputs = [self.specimen.draw("typical", self.reference.visible, seed=2)]
+        inputs = [self.reference.problem("typical", seed=2).inputs]
         for _ in range(copies_for(one, device) - 1):
             inputs.append([copy_of(value) for value in inputs[0]])
         calls: dict[str, Callable[[int], Any]] = {}
@@ -498,12 +520,12 @@ def _bound(
     module: fx.GraphModule, specimen: Specimen, inputs: list[list[Any]], inductor: dict[str, Any]
 ) -> Callable[[int], Any]:
     """The part of a module that every layer runs; what depends on the mask alone is shared by layers and done here."""
-    a = specimen.attention
-    roots = {specimen.sources.index(node) for node in (a.query, a.key, a.value)}
+    roots = set(specimen.roots)
     shared, own = _split(module, roots)
     arguments = [[*(values[i] for i in sorted(roots)), *shared(*values)] for values in inputs]
-    own(*arguments[0])
-    return lambda copy: own(*arguments[copy])
+    run: Callable[..., Any] = _compiled(own, arguments[0], inductor) if _is_generated(own) else own
+    run(*arguments[0])
+    return lambda copy: run(*arguments[copy])
 
 
 def _split(module: fx.GraphModule, roots: set[int]) -> tuple[fx.GraphModule, fx.GraphModule]:

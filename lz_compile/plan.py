@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.fx as fx
 
 from lz_compile import assignment, config
@@ -247,8 +248,7 @@ def _groups(
         where = text if text is not None else id(region)
         site.key = (region.kind, region.pattern, where, names)
         if site.key not in groups:
-            stands = market.inductor if region.kind == "attention" else None
-            groups[site.key] = (Group([], list(site.candidates), copied, text, stands), [])
+            groups[site.key] = (Group([], list(site.candidates), copied, text, market.inductor), [])
         group, members = groups[site.key]
         group.regions.append(region)
         members.append(site)
@@ -265,7 +265,8 @@ def _solve(sites: Sequence[_Site], gathered: Gathered) -> tuple[list[str], assig
     for site in sites:
         names = [kernel.name for kernel in site.candidates if _may_win(site, kernel.name)]
         labels.append([*names, INDUCTOR])
-        costs.append([_cost(site, name) for name in names] + [_cost_of_leaving(site, bool(names))])
+        lost = gathered.roof.transfer(_unfused_bytes(site.region)) if site.region.kind in FUSIBLE else 0.0
+        costs.append([_cost(site, name) + lost for name in names] + [_cost_of_leaving(site, bool(names))])
     edges = _cover_edges(sites, labels, costs) | _fusion_edges(sites, labels, gathered)
     classes = [_class(site, i, label) for i, (site, label) in enumerate(zip(sites, labels))]
     solution = assignment.solve(assignment.Problem(costs, edges, classes))
@@ -350,12 +351,34 @@ def _fusion_edges(
             i = producer.get(id(_behind_views(value)))
             if i is None or i == j:
                 continue
-            tensor = value.meta["val"]
-            count = tensor.numel()
-            moved = 2.0 * count * tensor.element_size() if isinstance(count, int) else 0.0
-            saved = gathered.roof.transfer(moved)
+            saved = gathered.roof.transfer(2 * _bytes(value))
             edges[i, j] = [[-saved if a == INDUCTOR and b == INDUCTOR else 0.0 for b in labels[j]] for a in labels[i]]
     return edges
+
+
+def _unfused_bytes(region: Region) -> float:
+    """What crosses memory only because an opaque kernel stands between pointwise neighbours that Inductor would fuse.
+
+    A value that only this region reads is written and read in vain, one that others read too is read once more.
+    """
+    moved = 0.0
+    for value in region.inputs:
+        if _is_pointwise(_behind_views(value)):
+            moved += _bytes(value) * (2 if len(value.users) == 1 else 1)
+    readers = list(region.output.users)
+    if readers and all(map(_is_pointwise, readers)):
+        moved += 2 * _bytes(region.output)
+    return moved
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    return node.op == "call_function" and torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def _bytes(node: fx.Node) -> float:
+    tensor = node.meta["val"]
+    count = tensor.numel()
+    return float(count * tensor.element_size()) if isinstance(count, int) else 0.0
 
 
 _VIEWS = {"view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "expand", "slice", "alias", "detach"}

@@ -70,6 +70,13 @@ class _Answer:
     scale: torch.Tensor
 
 
+def tolerance_of(dtype: torch.dtype, device: torch.device) -> float:
+    """The multiple of the unit roundoff that a result may be off by, relative to the sum of its terms' magnitudes."""
+    if uses_tf32(dtype, device):
+        return _MULTIPLE[torch.float16] * _TF32_ROUNDOFF
+    return _MULTIPLE[dtype] * _UNIT_ROUNDOFF[dtype]
+
+
 class Reference:
     """What a specimen's outputs should be.  ``mask_module`` maps its inputs to (bounds, key mask, query documents, key
     documents, mask), see :func:`lz_compile.lowering.semantic.attend`."""
@@ -111,14 +118,13 @@ class Reference:
         """The largest error of an output over its tolerance; infinity where NaN stands on one side only."""
         worst = 0.0
         dtype = output.dtype
-        unit = _TF32_ROUNDOFF if uses_tf32(dtype, output.device) else _UNIT_ROUNDOFF[dtype]
-        multiple = _MULTIPLE[torch.float16] if unit == _TF32_ROUNDOFF else _MULTIPLE[dtype]
+        tolerance = tolerance_of(dtype, output.device)
         for answer in self._answers[problem.draw]:
             expected = answer.expected
             got = self._unstacked(output)[answer.row : answer.row + 1, :, answer.first : answer.last].double()
             if not torch.equal(got.isnan(), expected.isnan()):
                 return math.inf
-            allowed = multiple * unit * answer.scale + torch.finfo(dtype).smallest_normal
+            allowed = tolerance * answer.scale + torch.finfo(dtype).smallest_normal
             excess = ((got - expected).abs() / allowed).nan_to_num(nan=0.0, posinf=math.inf)
             worst = max(worst, float(excess.max()) if excess.numel() else 0.0)
         return worst

@@ -37,8 +37,8 @@ def signature(specimen: Specimen) -> str:
         "keys": bucket(keys),
         "head_size": [hint(a.query.meta["val"].shape[-1]), hint(a.value.meta["val"].shape[-1])],
         "dtype": str(a.query.meta["val"].dtype).removeprefix("torch."),
-        "layouts": [_layout_text(Layout.of(n.meta["val"])) for n in (a.query, a.key, a.value)],
-        "output": "any" if specimen.copied else _layout_text(specimen.output),
+        "layouts": [layout_text(Layout.of(n.meta["val"])) for n in (a.query, a.key, a.value)],
+        "output": "any" if specimen.copied else layout_text(specimen.output),
         "stacked": a.stacked is not None,
         "softcap": bool(a.softcap),
         "positive_scale": a.scale > 0,
@@ -55,12 +55,16 @@ def signature(specimen: Specimen) -> str:
 def signature_of(region: Region, copied: bool) -> str | None:
     """The signature of a region, or None when it cannot be run on its own."""
     try:
-        return signature(Specimen.of(region, copied))
+        if region.attention is not None:
+            return signature(Specimen.of(region, copied))
+        from lz_compile.pointwise_specimen import PointwiseSpecimen, pointwise_signature
+
+        return pointwise_signature(PointwiseSpecimen.of(region, copied))
     except NoSpecimen:
         return None
 
 
-def _layout_text(layout: Layout) -> str:
+def layout_text(layout: Layout) -> str:
     """The dimensions from the outermost to the innermost in memory, ``0213`` for a transposed [B, M, H, D]; with a
     dash where memory is skipped, such as in a slice of a packed projection, and ``x`` for an expanded dimension."""
     order = sorted(range(len(layout.sizes)), key=lambda d: (-layout.strides[d], d))

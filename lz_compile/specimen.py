@@ -118,6 +118,12 @@ class Specimen:
         a = self.attention
         return hint(a.batch), hint(a.query_heads), hint(a.kv_heads), hint(a.queries), hint(a.keys)
 
+    @property
+    def roots(self) -> list[int]:
+        """Inputs that differ from layer to layer; what depends on the others alone is computed once for all."""
+        a = self.attention
+        return sorted({self.sources.index(node) for node in (a.query, a.key, a.value)})
+
     # -- modules
 
     def build(self, emit: Emit, make_emitter: Callable[[fx.Graph, Aliases], Any]) -> fx.GraphModule:
@@ -130,10 +136,10 @@ class Specimen:
             query=mapping[self.attention.query],
             key=mapping[self.attention.key],
             value=mapping[self.attention.value],
-            mask=_moved(self.attention.mask, mapping),
+            mask=moved(self.attention.mask, mapping),
             mask_node=mapping[self.attention.mask_node] if self.attention.mask_node is not None else None,
         )
-        anchor = graph.call_function(_nothing, (mapping[self.attention.query],))
+        anchor = graph.call_function(nothing, (mapping[self.attention.query],))
         with inputs[0].meta["val"].fake_mode:
             anchor.meta["val"] = self.output.empty()
         region = dataclasses.replace(self.region, output=anchor, nodes=[], attention=attention)
@@ -153,7 +159,7 @@ class Specimen:
         module, inputs = self._inputs()
         graph = module.graph
         mapping = dict(zip(self.sources, inputs))
-        for node in _between(set(self.sources), self.region.output):
+        for node in between(set(self.sources), self.region.output):
             mapping[node] = graph.node_copy(node, lambda n: mapping[n])
         graph.output(mapping[self.region.output])
         module.recompile()
@@ -193,7 +199,7 @@ class Specimen:
             raise NoSpecimen(f"no inputs for it: {type(error).__name__}: {error}") from error
 
 
-def _nothing(value: Any) -> Any:
+def nothing(value: Any) -> Any:
     raise AssertionError("the anchor of a specimen does not run")
 
 
@@ -211,21 +217,21 @@ def nodes_of(form: Any) -> Iterable[fx.Node]:
             yield from nodes_of(getattr(form, item.name))
 
 
-def _moved(form: Any, mapping: dict[fx.Node, fx.Node]) -> Any:
+def moved(form: Any, mapping: dict[fx.Node, fx.Node]) -> Any:
     """A mask form over the nodes of another graph, in which nothing is written."""
     if isinstance(form, fx.Node):
         return mapping[form]
     if isinstance(form, tuple):
-        return tuple(_moved(item, mapping) for item in form)
+        return tuple(moved(item, mapping) for item in form)
     if isinstance(form, Read):
         return dataclasses.replace(form, node=mapping[form.node], version=0, reader=None)
     if dataclasses.is_dataclass(form) and not isinstance(form, type):
-        fields = {item.name: _moved(getattr(form, item.name), mapping) for item in dataclasses.fields(form)}
+        fields = {item.name: moved(getattr(form, item.name), mapping) for item in dataclasses.fields(form)}
         return dataclasses.replace(form, **fields)
     return form
 
 
-def _between(first: set[fx.Node], last: fx.Node) -> list[fx.Node]:
+def between(first: set[fx.Node], last: fx.Node) -> list[fx.Node]:
     """The nodes from ``first`` (left out) to ``last``, in graph order."""
     found: set[fx.Node] = set()
     waiting = [last]

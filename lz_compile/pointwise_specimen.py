@@ -1,0 +1,143 @@
+"""Norms, gated units and rotations on their own: the specimens of regions without attention.
+
+Enters: a region with ``op`` and ``inputs``.  Leaves: a :class:`PointwiseSpecimen`, which builds and draws as
+:class:`~lz_compile.specimen.Specimen` does, and a :class:`PointwiseReference`, which judges as
+:class:`~lz_compile.qualify.Reference` does: by the region's meaning in float64.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from lz_compile.aliasing import Aliases
+from lz_compile.qualify import Problem, tolerance_of
+from lz_compile.region import Region
+from lz_compile.signature import bucket, layout_text
+from lz_compile.specimen import Draw, Emit, Layout, NoSpecimen, Specimen, between, moved, nodes_of, nothing
+
+
+class PointwiseSpecimen(Specimen):
+    """A region whose inputs are ``region.inputs``; the sources are these, each once."""
+
+    @classmethod
+    def of(cls, region: Region, copied: bool) -> PointwiseSpecimen:
+        """Raises :class:`NoSpecimen` for a region that does not say what enters it."""
+        if region.op is None or not region.inputs:
+            raise NoSpecimen(f"regions of kind {region.kind} are not run on their own")
+        specimen = cls(region, copied)
+        for node in region.inputs:
+            if node not in specimen.layouts:
+                specimen.sources.append(node)
+                specimen.layouts[node] = Layout.of(node.meta["val"])
+        return specimen
+
+    @property
+    def roots(self) -> list[int]:
+        return list(range(len(self.sources)))
+
+    def build(self, emit: Emit, make_emitter: Callable[[fx.Graph, Aliases], Any]) -> fx.GraphModule:
+        module, inputs = self._inputs()
+        graph = module.graph
+        mapping = dict(zip(self.sources, inputs))
+        with inputs[0].meta["val"].fake_mode:
+            for node in nodes_of(self.region.op):  # halves of a packed input are views inside the region
+                for inner in between(set(mapping), node) if node not in mapping else []:
+                    new = mapping[inner] = graph.node_copy(inner, lambda n: mapping[n])
+                    args, kwargs = fx.map_arg((new.args, new.kwargs), lambda n: n.meta["val"])
+                    new.meta["val"] = new.target(*args, **kwargs)  # type: ignore[operator]
+            anchor = graph.call_function(nothing, (inputs[0],))
+            anchor.meta["val"] = self.output.empty()
+        own = tuple(mapping[node] for node in self.region.inputs)
+        op = moved(self.region.op, mapping)
+        region = dataclasses.replace(self.region, output=anchor, nodes=[], op=op, inputs=own)
+        result = emit(make_emitter(graph, Aliases(graph)), region)
+        graph.output(result)
+        graph.erase_node(anchor)
+        graph.eliminate_dead_code()
+        module.recompile()
+        return module
+
+    def inputs_of(self, kind: Draw, seed: int) -> list[torch.Tensor]:
+        """Normal values; ``"other"`` draws are ten times as large and off centre."""
+        generator = torch.Generator(self.device).manual_seed(zlib.crc32(f"{kind} {seed}".encode()))
+        result = []
+        for node in self.sources:
+            layout = self.layouts[node]
+            assert isinstance(layout, Layout)
+            value = torch.randn(layout.sizes, generator=generator, device=layout.device)
+            tensor = layout.empty()
+            shown = tuple(
+                slice(None) if stride or size == 1 else 0 for size, stride in zip(layout.sizes, layout.strides)
+            )
+            tensor[shown].copy_((value if kind == "typical" else 10 * value + 3)[shown])
+            result.append(tensor)
+        return result
+
+
+class PointwiseReference:
+    """What a pointwise specimen's outputs should be; ``meaning`` maps ``region.inputs`` to the result.
+
+    An element may be off by a small multiple of the unit roundoff of its row's largest value: a rotation subtracts
+    products of that size, a norm and a gated unit round each factor.
+    """
+
+    def __init__(self, specimen: PointwiseSpecimen, meaning: Callable[..., torch.Tensor]) -> None:
+        self.specimen = specimen
+        self.meaning = meaning
+        self._answers: dict[tuple[str, int], torch.Tensor] = {}
+
+    def problem(self, kind: Draw, seed: int = 0) -> Problem:
+        inputs = self.specimen.inputs_of(kind, seed)
+        problem = Problem(inputs, (), (kind, seed))
+        if problem.draw not in self._answers:
+            by_node = dict(zip(self.specimen.sources, inputs))
+            try:
+                wide = [by_node[node].double() for node in self.specimen.region.inputs]
+                self._answers[problem.draw] = self.meaning(*wide)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                raise NoSpecimen(f"the reference does not run: {type(error).__name__}: {error}") from error
+        return problem
+
+    def error(self, problem: Problem, output: torch.Tensor) -> float:
+        expected = self._answers[problem.draw]
+        got = output.double()
+        if not torch.equal(got.isnan(), expected.isnan()):
+            return float("inf")
+        largest = expected.abs().amax(-1, keepdim=True) if expected.dim() else expected.abs()
+        allowed = tolerance_of(output.dtype, output.device) * largest + torch.finfo(output.dtype).smallest_normal
+        excess = ((got - expected).abs() / allowed).nan_to_num(nan=0.0, posinf=float("inf"))
+        return float(excess.max()) if excess.numel() else 0.0
+
+
+def pointwise_signature(specimen: PointwiseSpecimen) -> str:
+    """The region as canonical JSON text; all dimensions but the last are put in buckets."""
+    region = specimen.region
+    numbers = {
+        item.name: value
+        for item in dataclasses.fields(region.op)
+        if isinstance(value := getattr(region.op, item.name), (str, int, float, bool)) and item.name != "eps"
+    }
+    tensors = []
+    for node in specimen.sources:
+        layout = specimen.layouts[node]
+        assert isinstance(layout, Layout)
+        sizes = [*map(bucket, layout.sizes[:-1]), *layout.sizes[-1:]]
+        tensors.append([str(layout.dtype).removeprefix("torch."), sizes, layout_text(layout)])
+    facts = {
+        "kind": region.kind,
+        "op": numbers,
+        "inputs": [specimen.sources.index(node) for node in region.inputs],
+        "tensors": tensors,
+        "output": "any" if specimen.copied else layout_text(specimen.output),
+        "device": specimen.device.type,
+    }
+    return json.dumps(facts, sort_keys=True, separators=(",", ":"))
