@@ -314,7 +314,7 @@ def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
         (banded(0, softcap=2.0), {"queries": 12, "keys": 12, "dtype": torch.float16}, 12),
         (causal, {"queries": 6, "keys": 6, "size": 192, "value_size": 128}, 6),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__qualname__", str(value)),
 )
 def test_a_prefill_gives_eagers_answer(library: Library, fn: Function, sizes: dict[str, Any], keys_read: int) -> None:
     inputs = qkv(**sizes)
