@@ -410,6 +410,12 @@ def race(entrants: list[Entrant], rounds: int, deadline: float) -> None:
             assert entrant.attention is not None
             try:
                 entrant.attention = as_graph(entrant.attention, entrant.case)
+                for tensors in entrant.case.tensors:
+                    entrant.attention(*tensors)
+                torch.cuda.synchronize()
+            except torch.AcceleratorError as reason:  # nothing runs in this process from here on
+                line = str(reason).splitlines()[0]
+                raise SystemExit(f"{entrant.name} {entrant.config} on {entrant.case.name}: {line}") from None
             except Exception as reason:
                 entrant.failure = f"{type(reason).__name__}: {str(reason).splitlines()[0][:60]}"
     running = [entrant for entrant in entrants if not entrant.failure]
@@ -417,7 +423,11 @@ def race(entrants: list[Entrant], rounds: int, deadline: float) -> None:
         for entrant in running:
             if time.monotonic() < deadline:
                 assert entrant.attention is not None
-                entrant.us.append(time_us(entrant.attention, entrant.case))
+                try:
+                    entrant.us.append(time_us(entrant.attention, entrant.case))
+                except torch.AcceleratorError as reason:
+                    line = str(reason).splitlines()[0]
+                    raise SystemExit(f"{entrant.name} {entrant.config} on {entrant.case.name}, timed: {line}") from None
         fastest = min((entrant.median() for entrant in running if entrant.config is not None), default=0.0)
         running = [e for e in running if e.config is None or e.median() <= STILL_RUNNING * fastest]
 

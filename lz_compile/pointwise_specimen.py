@@ -8,7 +8,6 @@ Enters: a region with ``op`` and ``inputs``.  Leaves: a :class:`PointwiseSpecime
 from __future__ import annotations
 
 import dataclasses
-import json
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +18,6 @@ import torch.fx as fx
 from lz_compile.aliasing import Aliases
 from lz_compile.qualify import Problem, tolerance_of
 from lz_compile.region import Region
-from lz_compile.signature import bucket, layout_text
 from lz_compile.specimen import Draw, Emit, Layout, NoSpecimen, Specimen, between, moved, nodes_of, nothing
 
 
@@ -116,28 +114,3 @@ class PointwiseReference:
         allowed = tolerance_of(output.dtype, output.device) * largest + torch.finfo(output.dtype).smallest_normal
         excess = ((got - expected).abs() / allowed).nan_to_num(nan=0.0, posinf=float("inf"))
         return float(excess.max()) if excess.numel() else 0.0
-
-
-def pointwise_signature(specimen: PointwiseSpecimen) -> str:
-    """The region as canonical JSON text; all dimensions but the last are put in buckets."""
-    region = specimen.region
-    numbers = {
-        item.name: value
-        for item in dataclasses.fields(region.op)
-        if isinstance(value := getattr(region.op, item.name), (str, int, float, bool)) and item.name != "eps"
-    }
-    tensors = []
-    for node in specimen.sources:
-        layout = specimen.layouts[node]
-        assert isinstance(layout, Layout)
-        sizes = [*map(bucket, layout.sizes[:-1]), *layout.sizes[-1:]]
-        tensors.append([str(layout.dtype).removeprefix("torch."), sizes, layout_text(layout)])
-    facts = {
-        "kind": region.kind,
-        "op": numbers,
-        "inputs": [specimen.sources.index(node) for node in region.inputs],
-        "tensors": tensors,
-        "output": "any" if specimen.copied else layout_text(specimen.output),
-        "device": specimen.device.type,
-    }
-    return json.dumps(facts, sort_keys=True, separators=(",", ":"))

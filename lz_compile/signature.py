@@ -6,6 +6,7 @@ uses what was measured for 1024.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from lz_compile.mask import Bound, MaskForm, Read
 from lz_compile.qualify import uses_tf32
+from lz_compile.pointwise_specimen import PointwiseSpecimen
 from lz_compile.region import Region
 from lz_compile.specimen import Layout, NoSpecimen, Specimen, hint
 
@@ -37,8 +39,8 @@ def signature(specimen: Specimen) -> str:
         "keys": bucket(keys),
         "head_size": [hint(a.query.meta["val"].shape[-1]), hint(a.value.meta["val"].shape[-1])],
         "dtype": str(a.query.meta["val"].dtype).removeprefix("torch."),
-        "layouts": [layout_text(Layout.of(n.meta["val"])) for n in (a.query, a.key, a.value)],
-        "output": "any" if specimen.copied else layout_text(specimen.output),
+        "layouts": [_layout_text(Layout.of(n.meta["val"])) for n in (a.query, a.key, a.value)],
+        "output": "any" if specimen.copied else _layout_text(specimen.output),
         "stacked": a.stacked is not None,
         "softcap": bool(a.softcap),
         "positive_scale": a.scale > 0,
@@ -57,14 +59,37 @@ def signature_of(region: Region, copied: bool) -> str | None:
     try:
         if region.attention is not None:
             return signature(Specimen.of(region, copied))
-        from lz_compile.pointwise_specimen import PointwiseSpecimen, pointwise_signature
-
-        return pointwise_signature(PointwiseSpecimen.of(region, copied))
+        return _pointwise_signature(PointwiseSpecimen.of(region, copied))
     except NoSpecimen:
         return None
 
 
-def layout_text(layout: Layout) -> str:
+def _pointwise_signature(specimen: PointwiseSpecimen) -> str:
+    """The region as canonical JSON text; all dimensions but the last are put in buckets."""
+    region = specimen.region
+    numbers = {
+        item.name: value
+        for item in dataclasses.fields(region.op)
+        if isinstance(value := getattr(region.op, item.name), (str, int, float, bool)) and item.name != "eps"
+    }
+    tensors = []
+    for node in specimen.sources:
+        layout = specimen.layouts[node]
+        assert isinstance(layout, Layout)
+        sizes = [*map(bucket, layout.sizes[:-1]), *layout.sizes[-1:]]
+        tensors.append([str(layout.dtype).removeprefix("torch."), sizes, _layout_text(layout)])
+    facts = {
+        "kind": region.kind,
+        "op": numbers,
+        "inputs": [specimen.sources.index(node) for node in region.inputs],
+        "tensors": tensors,
+        "output": "any" if specimen.copied else _layout_text(specimen.output),
+        "device": specimen.device.type,
+    }
+    return json.dumps(facts, sort_keys=True, separators=(",", ":"))
+
+
+def _layout_text(layout: Layout) -> str:
     """The dimensions from the outermost to the innermost in memory, ``0213`` for a transposed [B, M, H, D]; with a
     dash where memory is skipped, such as in a slice of a packed projection, and ``x`` for an expanded dimension."""
     order = sorted(range(len(layout.sizes)), key=lambda d: (-layout.strides[d], d))
