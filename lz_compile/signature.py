@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from lz_compile.mask import Bound, MaskForm, Read
-from lz_compile.qualify import uses_tf32
 from lz_compile.pointwise_specimen import PointwiseSpecimen
+from lz_compile.qualify import uses_tf32
 from lz_compile.region import Region
 from lz_compile.specimen import Layout, NoSpecimen, Specimen, hint
 
