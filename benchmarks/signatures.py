@@ -6,8 +6,9 @@ For every signature the road plans an attention function with an empty performan
 every kernel that fits.  Then all of them are timed again from nothing: by those second figures the pick may be at most
 ``--within`` (3%) slower than the fastest qualified kernel.  The command fails when it is not.
 
-Decode reads a static cache that is half full; prefill is causal.  All in bfloat16 as CUDA-graph replay (float32 on a
-CPU, with sizes that suit it).
+Decode writes its key and value into a static cache, as Hugging Face's ``StaticCache`` does, and reads it: half full.
+The write proves that the position is inside the cache, which kernels that take lengths ask for.  Prefill is causal.
+All in bfloat16 as CUDA-graph replay (float32 on a CPU, with sizes that suit it).
 """
 
 from __future__ import annotations
@@ -84,14 +85,26 @@ def attention_function(s: Signature, dtype: torch.dtype, device: str) -> tuple[C
     k, v = (torch.randn(s.batch, s.kv_heads, s.keys, s.head_size, dtype=dtype, device=device) for _ in range(2))
     group = s.heads // s.kv_heads
 
-    def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        mask = (torch.arange(k.shape[2], device=k.device) <= position)[None, None, None, :]
+    new_k, new_v = (torch.randn(s.batch, s.kv_heads, 1, s.head_size, dtype=dtype, device=device) for _ in range(2))
+    position = torch.tensor([s.keys // 2], device=device)
+
+    def decode(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        new_k: torch.Tensor,
+        new_v: torch.Tensor,
+        position: torch.Tensor,
+    ) -> torch.Tensor:
+        k.index_copy_(2, position, new_k)
+        v.index_copy_(2, position, new_v)
+        mask = (torch.arange(k.shape[2], device=k.device)[None] <= position[:, None])[None, None]
         if group > 1:
             k, v = (x[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2) for x in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, mask.expand(q.shape[0], 1, 1, -1))
         return out.transpose(1, 2).contiguous()
 
-    return decode, (q, k, v, torch.tensor(s.keys // 2, device=device))
+    return decode, (q, k, v, new_k, new_v, position)
 
 
 @contextlib.contextmanager

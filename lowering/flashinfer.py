@@ -20,14 +20,15 @@ distance, so a constant page table addresses the cache where it lies.  Page tabl
 graph, computed once for all layers; the kernel leaves the semaphores as it found them, zero.
 
 FlashInfer compiles a module for each combination of dtype, head sizes, group size and features on its first use
-(:data:`JIT_SECONDS`) and keeps it on disk.  ``emit`` does that, so that it counts as compile time and that a failure
-leaves the region to another kernel; :func:`flashinfer_needs_jit` says beforehand whether it will.
+(:data:`~lz_compile.lowering.flashinfer_jit.JIT_SECONDS`) and keeps it on disk.  ``emit`` does that, so that it counts
+as compile time and that a failure leaves the region to another kernel; :func:`flashinfer_needs_jit` says beforehand
+whether it will.
+
+The provider's norms and gated units are in :mod:`lz_compile.lowering.flashinfer_pointwise`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -38,15 +39,14 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from lz_compile.lowering.emit import Emitter
 from lz_compile.lowering.fit import ALIGNMENT, capability, layout_verdict, readable
+from lz_compile.lowering.flashinfer_jit import JIT_SECONDS, kernel_version, on_device
+from lz_compile.lowering.flashinfer_pointwise import GLU, RMS_NORM
 from lz_compile.lowering.lengths import Prefix, accepted_prefix, emit_prefix, find_prefix
 from lz_compile.lowering.semantic import attend_output
 from lz_compile.lowering.work import attention_work
 from lz_compile.region import Attention, Kernel, Provider, Region, Verdict, Work
 
 aten = torch.ops.aten
-
-# What compiling one module took at most, measured on an H200 machine (16 to 81 s).
-JIT_SECONDS = 81.0
 
 _HEAD_SIZES = {"fa3": {(64, 64), (128, 128), (256, 256), (192, 128)}, "fa2": {(64, 64), (128, 128), (256, 256)}}
 _XQA_CAPABILITIES = (9, 10, 12)
@@ -58,13 +58,6 @@ _PAGE_SIZES = (64, 32, 16)
 _SCRATCH_BYTES = 8 << 20
 # FlashInfer hides a score by setting it to -5e4 before the scale; from here on exp(-5e4 * scale) is nothing.
 _LEAST_SCALE = 1e-3
-
-
-def _version() -> str:
-    try:
-        return f"1 ({importlib.metadata.version('flashinfer-python')})"
-    except importlib.metadata.PackageNotFoundError:
-        return "1"
 
 
 def _backend(device: torch.device) -> str:
@@ -161,7 +154,7 @@ def flashinfer_decode(
     if not out.numel():
         return out
     # XQA launches on the current device.  It may not start before its predecessor ends: that one knows nothing of it.
-    with _current(query.device):
+    with on_device(query.device):
         xqa(
             query.transpose(1, 2).contiguous(),
             _as_pages(key, page_size),
@@ -230,13 +223,9 @@ def _decode_module(name: tuple[Any, ...], device: torch.device) -> None:
     """Compiles and loads a decode module, before a CUDA graph is captured: loading copies from the device."""
     from flashinfer.xqa import get_xqa_module
 
-    with _current(device):
+    with on_device(device):
         get_xqa_module(*name)
     _device_of_module.setdefault(name, device)
-
-
-def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _prefill_arguments(a: Attention, prefix: Prefix) -> tuple[Any, ...]:
@@ -492,7 +481,7 @@ def _decode_work(region: Region) -> Work:
 PREFILL = Kernel(
     name="flashinfer.prefill",
     kind="attention",
-    version=_version(),
+    version=kernel_version("1"),
     supports=_supports_prefill,
     emit=_emit_prefill,
     cuda_graphs="reads no lengths; nothing but the output is allocated",
@@ -504,7 +493,7 @@ PREFILL = Kernel(
 DECODE = Kernel(
     name="flashinfer.decode",
     kind="attention",
-    version=_version(),
+    version=kernel_version("1"),
     supports=_supports_decode,
     emit=_emit_decode,
     cuda_graphs="lengths, page table and semaphores are device tensors, the grid depends on shapes only",
@@ -515,7 +504,7 @@ DECODE = Kernel(
 
 PROVIDER = Provider(
     name="flashinfer",
-    kernels=(PREFILL, DECODE),
+    kernels=(PREFILL, DECODE, RMS_NORM, GLU),
     distributions=("flashinfer-python",),
     probe="lz_compile.lowering.flashinfer:probe",
 )
