@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lz_compile.aliasing import Aliases
 from lz_compile.lowering import flashinfer as provider
 from lz_compile.lowering.emit import Emitter
+from lz_compile.lowering.lengths import Prefix, find_prefix
 from lz_compile.lowering.semantic import attend, attend_output
 from lz_compile.normalize import module_path, normalize
 from lz_compile.patterns.attention import find_attention
@@ -457,6 +458,15 @@ def test_a_decode_step_follows_the_position(library: Library, window: int | None
         assert torch.equal(inputs[1], eager[1])
     assert backend.verdicts == [None]
     assert torch.ops.aten.masked_fill.Scalar not in backend.targets()  # the cache write proves that a key is visible
+
+
+def test_the_decode_of_the_benchmark_is_taken(library: Library) -> None:
+    benchmark = pytest.importorskip("benchmarks.signatures", reason="needs the repository's root on the path")
+    fn, inputs = benchmark.attention_function(benchmark.Signature("decode", 2, 128, 8, 2, 64), torch.bfloat16, "cpu")
+    for region in region_of(fn, inputs):
+        assert DECODE.supports(region) is None
+        prefix = find_prefix(region)
+        assert isinstance(prefix, Prefix) and prefix.has_lengths and not prefix.may_be_empty
 
 
 @pytest.mark.parametrize(
