@@ -35,6 +35,8 @@ Source = Literal["measured", "remembered", "estimated"]
 
 # A kernel whose estimate is this many times the best is not run: at 16384 tokens scores alone would fill a GPU.
 _HOPELESS = 30.0
+# Below this an estimate says nothing: launches and calls decide.
+_LEAST_ESTIMATE = 5e-6
 
 # Told (signature, kernel) before each kernel is measured: progress bars.
 listeners: list[Callable[[str, str], None]] = []
@@ -416,10 +418,13 @@ class _Bench:
         estimates = {k.name: self.gathering.estimate(k.work, self.group) for k in self.group.kernels}
         known = {name: seconds for name, seconds in estimates.items() if seconds is not None}
         mine = known.get(kernel.name)
-        if mine is None or not mine > _HOPELESS * min(known.values()):
+        if mine is None:
             return False
         best = min(known, key=known.__getitem__)
-        self.skipped[kernel.name] = f"not measured: estimated to take {mine / known[best]:.0f} times as long as {best}"
+        times = mine / max(known[best], _LEAST_ESTIMATE)
+        if times <= _HOPELESS:
+            return False
+        self.skipped[kernel.name] = f"not measured: estimated to take {times:.0f} times as long as {best}"
         return True
 
     def _affordable(self, kernel: Kernel) -> bool:

@@ -262,10 +262,13 @@ def _solve(sites: Sequence[_Site], gathered: Gathered) -> tuple[list[str], assig
     """The label of each site: a kernel's name, ``inductor``, or ``covered by ...``."""
     labels: list[list[str]] = []
     costs: list[list[float]] = []
+    inside = {
+        node for site in sites if site.region.kind in FUSIBLE for node in (*site.region.nodes, site.region.output)
+    }
     for site in sites:
         names = [kernel.name for kernel in site.candidates if _may_win(site, kernel.name)]
         labels.append([*names, INDUCTOR])
-        lost = gathered.roof.transfer(_unfused_bytes(site.region)) if site.region.kind in FUSIBLE else 0.0
+        lost = gathered.roof.transfer(_unfused_bytes(site.region, inside)) if site.region.kind in FUSIBLE else 0.0
         costs.append([_cost(site, name) + lost for name in names] + [_cost_of_leaving(site, bool(names))])
     edges = _cover_edges(sites, labels, costs) | _fusion_edges(sites, labels, gathered)
     classes = [_class(site, i, label) for i, (site, label) in enumerate(zip(sites, labels))]
@@ -356,23 +359,25 @@ def _fusion_edges(
     return edges
 
 
-def _unfused_bytes(region: Region) -> float:
+def _unfused_bytes(region: Region, inside: set[fx.Node]) -> float:
     """What crosses memory only because an opaque kernel stands between pointwise neighbours that Inductor would fuse.
 
-    A value that only this region reads is written and read in vain, one that others read too is read once more.
+    A value that only this region reads is written and read in vain, one that others read too is read once more.  What
+    is ``inside`` a region is left out: edges between regions count that.
     """
+
+    def fuses(node: fx.Node) -> bool:
+        pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+        return node.op == "call_function" and pointwise and node not in inside
+
     moved = 0.0
     for value in region.inputs:
-        if _is_pointwise(_behind_views(value)):
+        if fuses(_behind_views(value)):
             moved += _bytes(value) * (2 if len(value.users) == 1 else 1)
     readers = list(region.output.users)
-    if readers and all(map(_is_pointwise, readers)):
+    if readers and all(map(fuses, readers)):
         moved += 2 * _bytes(region.output)
     return moved
-
-
-def _is_pointwise(node: fx.Node) -> bool:
-    return node.op == "call_function" and torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
 def _bytes(node: fx.Node) -> float:
