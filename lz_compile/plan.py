@@ -29,6 +29,7 @@ from lz_compile.database import Database, default
 from lz_compile.machine import Machine
 from lz_compile.measure import Evidence, Figure, Gathered, Group, Terms, gather
 from lz_compile.region import INDUCTOR, Kernel, Provider, Region, Verdict, Work
+from lz_compile.roofline import Roof, launch_seconds
 from lz_compile.signature import signature_of
 
 if TYPE_CHECKING:
@@ -268,7 +269,7 @@ def _solve(sites: Sequence[_Site], gathered: Gathered) -> tuple[list[str], assig
     for site in sites:
         names = [kernel.name for kernel in site.candidates if _may_win(site, kernel.name)]
         labels.append([*names, INDUCTOR])
-        lost = gathered.roof.transfer(_unfused_bytes(site.region, inside)) if site.region.kind in FUSIBLE else 0.0
+        lost = _lost_fusion(site.region, inside, gathered.roof) if site.region.kind in FUSIBLE else 0.0
         costs.append([_cost(site, name) + lost for name in names] + [_cost_of_leaving(site, bool(names))])
     edges = _cover_edges(sites, labels, costs) | _fusion_edges(sites, labels, gathered)
     classes = [_class(site, i, label) for i, (site, label) in enumerate(zip(sites, labels))]
@@ -354,13 +355,15 @@ def _fusion_edges(
             i = producer.get(id(_behind_views(value)))
             if i is None or i == j:
                 continue
-            saved = gathered.roof.transfer(2 * _bytes(value))
+            device = value.meta["val"].device.type
+            saved = gathered.roof.transfer(2 * _bytes(value)) + launch_seconds(device)
             edges[i, j] = [[-saved if a == INDUCTOR and b == INDUCTOR else 0.0 for b in labels[j]] for a in labels[i]]
     return edges
 
 
-def _unfused_bytes(region: Region, inside: set[fx.Node]) -> float:
-    """What crosses memory only because an opaque kernel stands between pointwise neighbours that Inductor would fuse.
+def _lost_fusion(region: Region, inside: set[fx.Node], roof: Roof) -> float:
+    """Seconds that an opaque kernel costs because pointwise neighbours, which Inductor would fuse with the region, run
+    apart: each is another launch, and values cross memory.
 
     A value that only this region reads is written and read in vain, one that others read too is read once more.  What
     is ``inside`` a region is left out: edges between regions count that.
@@ -370,14 +373,16 @@ def _unfused_bytes(region: Region, inside: set[fx.Node]) -> float:
         pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
         return node.op == "call_function" and pointwise and node not in inside
 
-    moved = 0.0
+    moved, launches = 0.0, 0
     for value in region.inputs:
         if fuses(_behind_views(value)):
             moved += _bytes(value) * (2 if len(value.users) == 1 else 1)
+            launches += 1
     readers = list(region.output.users)
     if readers and all(map(fuses, readers)):
         moved += 2 * _bytes(region.output)
-    return moved
+        launches += 1
+    return roof.transfer(moved) + launches * launch_seconds(region.output.meta["val"].device.type)
 
 
 def _bytes(node: fx.Node) -> float:

@@ -20,6 +20,11 @@ VERSION = "1"
 _LAUNCH = {"cuda": 3e-6, "cpu": 5e-6}
 
 
+def launch_seconds(device_type: str) -> float:
+    """What each further kernel of a graph costs beside its own work."""
+    return _LAUNCH.get(device_type, 5e-6)
+
+
 @dataclass(frozen=True)
 class Roof:
     """Peaks of a device: bytes a second (read plus written), floating-point operations a second by dtype."""
@@ -32,7 +37,7 @@ class Roof:
         """The roofline time of ``work``: the greater of its two limits, over its efficiency, and its launches."""
         peak = self.flops.get(dtype) or min(self.flops.values())
         limit = max(work.flops / peak, work.bytes / self.bandwidth)
-        return limit / work.efficiency + work.launches * _LAUNCH.get(device_type, 5e-6)
+        return limit / work.efficiency + work.launches * launch_seconds(device_type)
 
     def transfer(self, moved: float) -> float:
         """Seconds to move that many bytes (read plus written)."""
