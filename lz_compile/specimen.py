@@ -323,7 +323,9 @@ class _Inputs:
         for bound in form.lower:
             self._bound(bound, -self.keys)
         for read in (*form.key_padding, *form.key_hidden):
-            self._padding(read, hides=read in form.key_hidden)
+            # A decode step that gets its mask from outside: all that it says of the cache's filling is in there.
+            fills = self.queries <= 16 and not (form.upper or form.stop)
+            self._padding(read, hides=read in form.key_hidden, filled=self._length() if fills else self.keys)
         for documents in form.documents:
             self._documents(documents)
 
@@ -352,7 +354,7 @@ class _Inputs:
                 value = int(known.flatten()[0]) if isinstance(known, torch.Tensor) else int(known)
             rest -= coefficient * value
 
-    def _padding(self, read: Read, hides: bool) -> None:
+    def _padding(self, read: Read, hides: bool, filled: int) -> None:
         if read.node in self.values:
             return
         layout = self._layout(read.node)
@@ -360,7 +362,7 @@ class _Inputs:
         position = torch.arange(length, device=layout.device).expand(layout.sizes)
         rows = torch.arange(math.prod(layout.sizes) // max(length, 1), device=layout.device)
         row = rows.reshape(*layout.sizes[:-1], 1) if layout.sizes else rows
-        shown = (position >= length // 4) | (row % 2 == 0)
+        shown = ((position >= filled // 4) | (row % 2 == 0)) & (position < filled)
         if not self.typical:
             noise = torch.rand(layout.sizes, generator=self.generator, device=layout.device, dtype=torch.float32)
             hole = noise < 0.1
