@@ -21,7 +21,7 @@ import torch.fx as fx
 from lz_compile import config
 from lz_compile.compat import is_higher_order
 from lz_compile.machine import Machine
-from lz_compile.region import INDUCTOR, Kernel, Region, Work
+from lz_compile.region import INDUCTOR, Kernel, Region, Work, microseconds
 from lz_compile.roofline import VERSION as ROOF_VERSION
 from lz_compile.roofline import Roof, fit, nominal
 from lz_compile.specimen import NoSpecimen, Specimen, copy_of
@@ -72,7 +72,7 @@ class Figure:
         )
 
     def __str__(self) -> str:
-        return f"{1e6 * self.seconds:.4g} us {self.source}"
+        return f"{microseconds(self.seconds)} {self.source}"
 
 
 @dataclass

@@ -28,7 +28,7 @@ from lz_compile import assignment, config
 from lz_compile.database import Database, default
 from lz_compile.machine import Machine
 from lz_compile.measure import Evidence, Figure, Gathered, Group, Terms, gather
-from lz_compile.region import INDUCTOR, Kernel, Provider, Region, Verdict, Work
+from lz_compile.region import INDUCTOR, Kernel, Provider, Region, Verdict, Work, microseconds
 from lz_compile.roofline import Roof, launch_seconds
 from lz_compile.signature import signature_of
 
@@ -416,8 +416,8 @@ def _planner_text(solution: assignment.Solution) -> str:
 def _gap_note(solution: assignment.Solution) -> list[str]:
     notes = []
     if solution.greedy_cost > solution.cost * (1 + 1e-9) or math.isinf(solution.greedy_cost):
-        greedy = "impossible" if math.isinf(solution.greedy_cost) else f"{1e6 * solution.greedy_cost:.4g} us"
-        notes.append(f"plan {1e6 * solution.cost:.4g} us, each region on its own: {greedy}")
+        greedy = "impossible" if math.isinf(solution.greedy_cost) else f"{microseconds(solution.greedy_cost)}"
+        notes.append(f"plan {microseconds(solution.cost)}, each region on its own: {greedy}")
     if solution.cost > solution.bound + 1e-9 * abs(solution.bound):
         notes.append(f"equal choices for equal layers cost {1e6 * (solution.cost - solution.bound):.3g} us")
     return notes
@@ -476,7 +476,7 @@ def _reason_to_take(site: _Site, kernel: Kernel) -> str:
             best = min(others, key=_by_time(site))
             other = site.evidence.figures[best]
             if other.source != "estimated":
-                text += f", {best} {1e6 * other.seconds:.4g} us"
+                text += f", {best} {microseconds(other.seconds)}"
         parts.append(text)
     parts.append(kernel.summary)
     return "; ".join(part for part in parts if part)

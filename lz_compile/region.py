@@ -107,6 +107,13 @@ class Region:
 # What stands for a kernel's name where a region is left as it is.
 INDUCTOR = "inductor"
 
+
+def microseconds(seconds: float) -> str:
+    """``12.61 us``, ``34,550 us``."""
+    amount = 1e6 * seconds
+    return f"{amount:,.0f} us" if abs(amount) >= 1000 else f"{amount:.4g} us"
+
+
 # Why a kernel cannot take a region, or None when it can.
 Verdict = str | None
 

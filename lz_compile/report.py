@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lz_compile.region import INDUCTOR
+from lz_compile.region import INDUCTOR, microseconds
 
 if TYPE_CHECKING:
     from lz_compile.measure import Figure
@@ -68,7 +68,9 @@ class Candidate:
     def __str__(self) -> str:
         checks = [] if self.error is None else [f"error {self.error:.2g} of its tolerance"]
         checks += ["replays right"] if self.graph_safe else []
-        return f"{self.kernel} {self.microseconds:.4g} us {self.source}" + (f" ({', '.join(checks)})" if checks else "")
+        return f"{self.kernel} {microseconds(1e-6 * self.microseconds)} {self.source}" + (
+            f" ({', '.join(checks)})" if checks else ""
+        )
 
 
 @dataclass
