@@ -355,6 +355,8 @@ class _Bench:
         self.group = group
         self.missing = missing
         self.skipped = skipped
+        estimates = {kernel.name: gathering.estimate(kernel.work, group) for kernel in group.kernels}
+        self.estimates = {name: seconds for name, seconds in estimates.items() if seconds is not None}
         self.specimen: Specimen
         self.reference: Any
         if group.regions[0].attention is not None:
@@ -415,8 +417,7 @@ class _Bench:
 
     def _is_hopeless(self, kernel: Kernel) -> bool:
         """Whether a kernel's estimate is so far from the best that running it would only cost time and memory."""
-        estimates = {k.name: self.gathering.estimate(k.work, self.group) for k in self.group.kernels}
-        known = {name: seconds for name, seconds in estimates.items() if seconds is not None}
+        known = self.estimates
         mine = known.get(kernel.name)
         if mine is None:
             return False

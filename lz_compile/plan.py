@@ -416,7 +416,7 @@ def _planner_text(solution: assignment.Solution) -> str:
 def _gap_note(solution: assignment.Solution) -> list[str]:
     notes = []
     if solution.greedy_cost > solution.cost * (1 + 1e-9) or math.isinf(solution.greedy_cost):
-        greedy = "impossible" if math.isinf(solution.greedy_cost) else f"{microseconds(solution.greedy_cost)}"
+        greedy = "impossible" if math.isinf(solution.greedy_cost) else microseconds(solution.greedy_cost)
         notes.append(f"plan {microseconds(solution.cost)}, each region on its own: {greedy}")
     if solution.cost > solution.bound + 1e-9 * abs(solution.bound):
         notes.append(f"equal choices for equal layers cost {1e6 * (solution.cost - solution.bound):.3g} us")

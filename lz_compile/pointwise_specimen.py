@@ -16,9 +16,21 @@ import torch
 import torch.fx as fx
 
 from lz_compile.aliasing import Aliases
-from lz_compile.qualify import Problem, tolerance_of
+from lz_compile.qualify import Problem, largest_excess
 from lz_compile.region import Region
-from lz_compile.specimen import Draw, Emit, Layout, NoSpecimen, Specimen, between, moved, nodes_of, nothing
+from lz_compile.specimen import (
+    Draw,
+    Emit,
+    Layout,
+    NoSpecimen,
+    Specimen,
+    between,
+    emitted,
+    fill,
+    moved,
+    nodes_of,
+    nothing,
+)
 
 
 class PointwiseSpecimen(Specimen):
@@ -55,12 +67,7 @@ class PointwiseSpecimen(Specimen):
         own = tuple(mapping[node] for node in self.region.inputs)
         op = moved(self.region.op, mapping)
         region = dataclasses.replace(self.region, output=anchor, nodes=[], op=op, inputs=own)
-        result = emit(make_emitter(graph, Aliases(graph)), region)
-        graph.output(result)
-        graph.erase_node(anchor)
-        graph.eliminate_dead_code()
-        module.recompile()
-        return module
+        return emitted(module, emit, make_emitter, region)
 
     def inputs_of(self, kind: Draw, seed: int) -> list[torch.Tensor]:
         """Normal values; ``"other"`` draws are ten times as large and off centre."""
@@ -71,10 +78,7 @@ class PointwiseSpecimen(Specimen):
             assert isinstance(layout, Layout)
             value = torch.randn(layout.sizes, generator=generator, device=layout.device)
             tensor = layout.empty()
-            shown = tuple(
-                slice(None) if stride or size == 1 else 0 for size, stride in zip(layout.sizes, layout.strides)
-            )
-            tensor[shown].copy_((value if kind == "typical" else 10 * value + 3)[shown])
+            fill(tensor, value if kind == "typical" else 10 * value + 3)
             result.append(tensor)
         return result
 
@@ -107,10 +111,4 @@ class PointwiseReference:
 
     def error(self, problem: Problem, output: torch.Tensor) -> float:
         expected = self._answers[problem.draw]
-        got = output.double()
-        if not torch.equal(got.isnan(), expected.isnan()):
-            return float("inf")
-        largest = expected.abs().amax(-1, keepdim=True) if expected.dim() else expected.abs()
-        allowed = tolerance_of(output.dtype, output.device) * largest + torch.finfo(output.dtype).smallest_normal
-        excess = ((got - expected).abs() / allowed).nan_to_num(nan=0.0, posinf=float("inf"))
-        return float(excess.max()) if excess.numel() else 0.0
+        return largest_excess(output, expected, expected.abs().amax(-1, keepdim=True))

@@ -77,6 +77,20 @@ def tolerance_of(dtype: torch.dtype, device: torch.device) -> float:
     return _MULTIPLE[dtype] * _UNIT_ROUNDOFF[dtype]
 
 
+def largest_excess(got: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor) -> float:
+    """The largest error over its tolerance; infinity where NaN stands on one side only.
+
+    ``expected`` and ``scale``, the sum of each element's terms by magnitude, are float64.
+    """
+    dtype = got.dtype
+    got = got.double()
+    if not torch.equal(got.isnan(), expected.isnan()):
+        return math.inf
+    allowed = tolerance_of(dtype, got.device) * scale + torch.finfo(dtype).smallest_normal
+    excess = ((got - expected).abs() / allowed).nan_to_num(nan=0.0, posinf=math.inf)
+    return float(excess.max()) if excess.numel() else 0.0
+
+
 class Reference:
     """What a specimen's outputs should be.  ``mask_module`` maps its inputs to (bounds, key mask, query documents, key
     documents, mask), see :func:`lz_compile.lowering.semantic.attend`."""
@@ -117,16 +131,9 @@ class Reference:
     def error(self, problem: Problem, output: torch.Tensor) -> float:
         """The largest error of an output over its tolerance; infinity where NaN stands on one side only."""
         worst = 0.0
-        dtype = output.dtype
-        tolerance = tolerance_of(dtype, output.device)
         for answer in self._answers[problem.draw]:
-            expected = answer.expected
-            got = self._unstacked(output)[answer.row : answer.row + 1, :, answer.first : answer.last].double()
-            if not torch.equal(got.isnan(), expected.isnan()):
-                return math.inf
-            allowed = tolerance * answer.scale + torch.finfo(dtype).smallest_normal
-            excess = ((got - expected).abs() / allowed).nan_to_num(nan=0.0, posinf=math.inf)
-            worst = max(worst, float(excess.max()) if excess.numel() else 0.0)
+            got = self._unstacked(output)[answer.row : answer.row + 1, :, answer.first : answer.last]
+            worst = max(worst, largest_excess(got, answer.expected, answer.scale))
         return worst
 
     def _unstacked(self, value: torch.Tensor) -> torch.Tensor:

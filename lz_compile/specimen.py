@@ -143,12 +143,7 @@ class Specimen:
         with inputs[0].meta["val"].fake_mode:
             anchor.meta["val"] = self.output.empty()
         region = dataclasses.replace(self.region, output=anchor, nodes=[], attention=attention)
-        result = emit(make_emitter(graph, Aliases(graph)), region)
-        graph.output(result)
-        graph.erase_node(anchor)
-        graph.eliminate_dead_code()
-        module.recompile()
-        return module
+        return emitted(module, emit, make_emitter, region)
 
     def as_it_stood(self) -> fx.GraphModule:
         """The region's own nodes, from query, key, value and mask to its output.
@@ -197,6 +192,18 @@ class Specimen:
             raise
         except Exception as error:
             raise NoSpecimen(f"no inputs for it: {type(error).__name__}: {error}") from error
+
+
+def emitted(
+    module: fx.GraphModule, emit: Emit, make_emitter: Callable[[fx.Graph, Aliases], Any], region: Region
+) -> fx.GraphModule:
+    """The module with what ``emit`` inserts for ``region``, whose output is the anchor that goes away."""
+    graph = module.graph
+    graph.output(emit(make_emitter(graph, Aliases(graph)), region))
+    graph.erase_node(region.output)
+    graph.eliminate_dead_code()
+    module.recompile()
+    return module
 
 
 def nothing(value: Any) -> Any:
