@@ -18,7 +18,7 @@ peak memory     of one warm call.  CUDA: what the process holds from the device,
 first call      compilation included, with empty compile caches
 roofline        time to move the bytes that must move (weights once, valid keys and values once) at the copy bandwidth
                 measured in this run, over the median; for decode
-kernels         what ran the attention regions, by lz-compile's report
+kernels         what ran the attention regions, by lz-compile's report (`--report` prints it)
 ==============  =====================================================================================================
 
 Phases: `forward` (one call without cache), `prefill` (the prompt into an empty StaticCache), `decode` (one token with
@@ -439,6 +439,7 @@ class Row:
     first_call: float | None = None
     roofline: float | None = None
     kernels: dict[str, int] = field(default_factory=dict)
+    report: str = ""
     failure: str | None = None
 
 
@@ -526,7 +527,9 @@ def _prepare(call: Call, row: Row, expected: torch.Tensor | None, device: torch.
         row.error = float((output - expected).square().mean().sqrt() / expected.square().mean().sqrt())
         del output
     row.peak_memory = _peak_memory(call, function, device, reserved)
-    row.kernels = _kernels_since(reports)
+    ours = _reports_since(reports)
+    row.kernels = dict(Counter(region.kernel for report in ours for region in report.regions))
+    row.report = "\n".join(map(str, ours))
     return function
 
 
@@ -632,12 +635,11 @@ def _report_count() -> int:
     return len(sys.modules["lz_compile"].reports())
 
 
-def _kernels_since(count: int) -> dict[str, int]:
-    """Kernel -> attention regions, from the reports of lz-compile since `count`."""
+def _reports_since(count: int) -> list[Any]:
+    """The reports of lz-compile since `count`."""
     if "lz_compile" not in sys.modules:
-        return {}
-    reports = sys.modules["lz_compile"].reports()[count:]
-    return dict(Counter(region.kernel for report in reports for region in report.regions))
+        return []
+    return list(sys.modules["lz_compile"].reports()[count:])
 
 
 def _first_line(error: Exception) -> str:
@@ -749,6 +751,7 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument("--rounds", type=int, default=5, help="turns that the backends take")
     how.add_argument("--no-error", action="store_true", help="skip the float32 reference")
     how.add_argument("--isolate", action="store_true", help="each workload in a process of its own")
+    how.add_argument("--report", action="store_true", help="print what lz-compile did, for each of its rows")
     how.add_argument("--json", metavar="FILE", help="append one JSON line a row")
     how.add_argument("--plot", metavar="FILE", help="draw a PNG")
     return parser.parse_args()
@@ -799,6 +802,9 @@ def measured(args: argparse.Namespace, works: list[Workload]) -> Iterator[tuple[
         console.print(f"\n{work.describe()}")
         rows = measure(work, device, bandwidth, args.seconds, args.rounds)
         print_rows(work, rows)
+        for row in rows:
+            if args.report and row.report:
+                console.print(f"{row.backend}\n{row.report}", markup=False)
         yield work, rows, environment(device, bandwidth)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import json
 import os
 import sys
@@ -53,7 +54,6 @@ GPU = [
     Signature("prefill", 1, 512, 32, 8, 128),
     Signature("prefill", 4, 2048, 32, 8, 128),
     Signature("prefill", 1, 8192, 32, 8, 128),
-    Signature("prefill", 1, 16384, 32, 4, 128),
     Signature("prefill", 2, 4096, 16, 16, 64),
     Signature("prefill", 1, 4096, 16, 4, 256),
     Signature("decode", 1, 4096, 32, 8, 128),
@@ -62,6 +62,7 @@ GPU = [
     Signature("decode", 4, 32768, 32, 8, 128),
     Signature("decode", 8, 8192, 16, 16, 64),
     Signature("decode", 16, 2048, 16, 4, 256),
+    Signature("prefill", 1, 16384, 32, 4, 128),
 ]
 CPU = [Signature("prefill", 1, 256, 8, 2, 64), Signature("decode", 2, 1024, 8, 2, 64)]
 
@@ -148,6 +149,7 @@ def main() -> None:
     parser.add_argument("--within", type=float, default=0.03, help="how much slower than the fastest the pick may be")
     parser.add_argument("--budget", type=float, default=60.0, help="seconds that one planning may take")
     parser.add_argument("--only", default="", help="signatures whose text contains this")
+    parser.add_argument("--patience", type=float, default=300.0, help="seconds after which a signature counts as hung")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -161,6 +163,7 @@ def main() -> None:
         if args.only not in str(signature):
             continue
         torch.manual_seed(0)
+        faulthandler.dump_traceback_later(args.patience, exit=True)
         function, arguments = attention_function(signature, dtype, device)
         begin = time.perf_counter()
         picked = plan(function, arguments, args.budget)
@@ -185,6 +188,7 @@ def main() -> None:
         listed = ", ".join(f"{kernel} {time:.1f}" for kernel, time in sorted(times.items(), key=lambda item: item[1]))
         table.add_row(str(signature), picked.kernel, f"{times.get(picked.kernel, 0):.1f}", f"{ratio:.3f}x", listed)
         console.print(f"{signature}: {picked.kernel} ({ratio:.3f}x of the fastest), planned in {planned:.1f} s")
+    faulthandler.cancel_dump_traceback_later()
     console.print(table)
     if failures:
         console.print(f"{failures} picks are more than {args.within:.0%} slower than the fastest kernel")
