@@ -112,6 +112,9 @@ def _transform(normal: fx.GraphModule, report: GraphReport, inductor: dict[str, 
             trimmed = trim(normal.graph, Aliases(normal.graph), Emitter)
             receipt.note = trimmed or "every row is read"
         report.trimmed = trimmed
+    with report.step("libraries") as receipt:  # the first time on a machine each is tried out in a child process
+        running = kernels()
+        receipt.note = f"{len(running)} kernels"
     with report.step("match") as receipt:
         aliases = Aliases(normal.graph)
         regions: list[Region] = []
@@ -120,7 +123,6 @@ def _transform(normal: fx.GraphModule, report: GraphReport, inductor: dict[str, 
         receipt.note = f"{len(regions)} attention sites"
         if regions and "rope_table" in config.kinds:
             regions += find_rope_tables(normal.graph, module_path)
-        running = kernels()
         for kind in sorted({kernel.kind for kernel in running} & set(config.kinds) & set(POINTWISE)):
             regions += POINTWISE[kind](normal.graph, aliases, module_path)
     if not regions:

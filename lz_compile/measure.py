@@ -378,8 +378,10 @@ class _Bench:
         for kernel in self.group.kernels:
             if kernel.name not in self.missing or self._is_hopeless(kernel) or not self._affordable(kernel):
                 continue
+            begin = time.perf_counter()
             try:
                 verdict, module = self._qualify(kernel)
+                log.info("lz-compile: %s took %.1f s to qualify", kernel.name, time.perf_counter() - begin)
             except torch.OutOfMemoryError:
                 self.skipped[kernel.name] = _NO_MEMORY
                 _give_memory_back(self.gathering.device)

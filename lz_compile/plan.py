@@ -37,11 +37,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lz_compile")
 
-# Inductor's version has to be this much faster than a kernel's: within the noise the kernel stays, which also saves the
-# memory of a mask or of repeated heads.
-_INDUCTOR_MARGIN = 1.03
 # Kinds that Inductor would fuse with pointwise neighbours; an opaque kernel in their place makes values cross memory.
 FUSIBLE = frozenset({"rms_norm", "layer_norm", "rope", "glu"})
+# Inductor's version has to be this much faster than a kernel's: within the noise the kernel stays, which also saves the
+# memory of a mask or of repeated heads.  In a fusible kind the kernel has to be that much faster: fusion is worth more.
+_INDUCTOR_MARGIN = 1.03
 
 COVERED = "covered by "
 
@@ -295,7 +295,8 @@ def _cost_of_leaving(site: _Site, has_choice: bool) -> float:
         return math.inf if has_choice else 0.0
     if has_choice and (config.prefer and any(_is_preferred(k) for k in site.candidates)):
         return math.inf
-    return _cost(site, INDUCTOR) * _INDUCTOR_MARGIN
+    margin = 1 / _INDUCTOR_MARGIN if site.region.kind in FUSIBLE else _INDUCTOR_MARGIN
+    return _cost(site, INDUCTOR) * margin
 
 
 def _asked_for(site: _Site) -> bool:
@@ -453,7 +454,9 @@ def _reason_to_leave(site: _Site) -> str:
     figures = site.evidence.figures
     others = [name for name in figures if name != INDUCTOR]
     if not others:
-        return "no kernel takes it"
+        if not site.candidates:
+            return "no kernel takes it"
+        return "no kernel was measured" if site.evidence.unmeasured else "no kernel qualified"
     mine = figures.get(INDUCTOR)
     if not site.leaving_allowed:
         return "no allowed kernel takes it"

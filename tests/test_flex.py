@@ -376,7 +376,7 @@ def test_a_compiled_model_is_right_and_comes_from_the_caches_the_second_time() -
 @pytest.mark.usefixtures("_registered")
 def test_the_caches_tell_masks_apart() -> None:
     inputs = arguments(200)
-    for window in (100, 60, 7):
+    for window in (90, 60, 7):  # none that another test has put into the caches
         assert compile_and_run(window, inputs)["autograd_cache_hit"] == 0
 
 

@@ -21,8 +21,8 @@ from lz_compile.database import Database, Key, Record
 from lz_compile.lowering.emit import Emitter
 from lz_compile.lowering.inductor import attention_as_it_stood
 from lz_compile.machine import Machine
-from lz_compile.measure import Terms
-from lz_compile.plan import FUSIBLE, Market, Plan, joint
+from lz_compile.measure import Evidence, Figure, Gathered, Terms
+from lz_compile.plan import FUSIBLE, Market, Plan, _Site, _solve, joint
 from lz_compile.policy import Policy, PolicyError
 from lz_compile.region import INDUCTOR, Kernel, Provider, Region, Work
 from lz_compile.rewrite import is_copied, laid_out
@@ -322,15 +322,25 @@ def test_neighbours_that_inductor_fuses_are_left_together_when_that_saves_more()
     assert picked(plan(chain, [pointwise("k.k", kind, 1.0)], measure="off")) == ["k.k", "k.k"]
 
 
+def test_a_kernel_of_a_fusible_kind_wins_only_beyond_the_noise() -> None:
+    _, (a,) = graph_of("first")
+    kind = sorted(FUSIBLE)[0]
+    for seconds, winner in ((0.99e-4, INDUCTOR), (1.01e-4, INDUCTOR), (1.05e-4, "k.k")):
+        site = _Site(region(kind, a), [pointwise("k.k", kind, 1e-4)])
+        site.evidence = Evidence({"k.k": Figure(1e-4, "measured"), INDUCTOR: Figure(seconds, "measured")})
+        labels, _ = _solve([site], Gathered([], nominal(CPU), ""))
+        assert labels == [winner]
+
+
 def test_the_plan_costs_what_its_choices_cost_and_no_more_than_greed() -> None:
     kind = sorted(FUSIBLE)[0]
     _, nodes = graph_of(*"abcdef")
     chain = [region(kind, node, before) for node, before in zip(nodes[1:], nodes)]
     found = plan(chain, [pointwise("k.k", kind, 1e-4)], measure="off")
     saved = 4 * (2 * 4e6 / BANDWIDTH + launch_seconds("cpu"))
-    assert found.cost == pytest.approx(5 * 1.05 * 1.03e-4 - saved)
+    assert found.cost == pytest.approx(5 * 1.05 / 1.03 * 1e-4 - saved)
     # The first one has a pointwise operation in front, which an opaque kernel would cut off.
-    assert found.cost < found.greedy_cost == pytest.approx(4e-4 + 1.05 * 1.03e-4)
+    assert found.cost < found.greedy_cost == pytest.approx(4e-4 + 1.05 / 1.03 * 1e-4)
     assert any("each region on its own" in note for note in found.notes)
 
 
