@@ -26,7 +26,7 @@ Phases: `forward` (one call without cache), `prefill` (the prompt into an empty 
 position before every call, outside the timed region.
 
 Padding: `SIDE:ROWS[:SHARE]`, such as `left:0.5`: the last ROWS of the batch (a share of it) have SHARE (default 0.5) of
-their tokens padded, on that side.
+their tokens padded, on that side.  `SIDE:ragged`: the lengths of the rows are spread evenly, half of all on average.
 
 Masks: `graph` calls the model as a user does, and it builds the mask while it runs; `input` builds the mask outside,
 with `create_masks_for_generate`, as `generate` does for the decode step that it compiles.
@@ -185,7 +185,40 @@ PRESETS: dict[str, dict[str, Any]] = {
             "sliding_window": 256,
         },
     },
+    "gemma2-9b": {
+        "config": "Gemma2Config",
+        "attention": "eager",  # the only one that it has: it caps its scores
+        "overrides": {
+            "hidden_size": 3584,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 42,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 256,
+            "query_pre_attn_scalar": 256,
+        },
+    },
+    "gpt-oss-20b": {
+        "config": "GptOssConfig",
+        "attention": "eager",  # likewise: sinks
+        "overrides": {"num_hidden_layers": 24, "num_local_experts": 32},
+    },
+    # The attention of DeepSeek-V3 between dense MLPs: what is compared is attention, not experts.
+    "deepseek-v3-dense": {
+        "config": "DeepseekV3Config",
+        "overrides": {"num_hidden_layers": 4, "first_k_dense_replace": 61, "max_position_embeddings": 32768},
+    },
     "bert-base": {"config": "BertConfig", "model": "BertModel"},
+    "bert-large": {
+        "config": "BertConfig",
+        "model": "BertModel",
+        "overrides": {
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "intermediate_size": 4096,
+        },
+    },
     "vit-base": {"config": "ViTConfig", "model": "ViTModel", "sequence": 197},
     "whisper-tiny": {"config": "WhisperConfig", "model": "WhisperModel"},
 }
@@ -232,7 +265,20 @@ def matrix(name: str) -> list[Workload]:
             ),
             replace(prefill, batch=8, sequence=1024, padding="right:0.5"),
         ]
-    raise SystemExit(f"unknown matrix {name!r}; known: cpu, h200")
+    if name == "h200-architectures":
+        half = {"dtype": "bfloat16"}
+        decode = {"phase": "decode", "batch": 8, "cache": 8192, "position": 1000, "backends": DECODE_BACKENDS, **half}
+        forward = {"phase": "forward", "backends": PREFILL_BACKENDS, **half}
+        experts = {"num_local_experts": 8}
+        oss = from_preset("gpt-oss-20b", layers=4, **decode)
+        return [
+            from_preset("gemma2-9b", layers=8, **decode),
+            from_preset("gemma2-9b", layers=8, sequence=4096, **forward),
+            from_preset("bert-large", batch=32, sequence=512, padding="right:ragged", **forward),
+            replace(oss, overrides={**oss.overrides, **experts}),
+            from_preset("deepseek-v3-dense", **decode),
+        ]
+    raise SystemExit(f"unknown matrix {name!r}; known: cpu, h200, h200-architectures")
 
 
 # --- the model and its call -----------------------------------------------------------------------------------------
@@ -259,18 +305,18 @@ def padding_mask(work: Workload, tokens: int, device: torch.device) -> torch.Ten
     if work.padding == "none":
         return None
     side, rows, *share = work.padding.split(":")
-    padded = int(float(share[0] if share else 0.5) * tokens)
-    first = work.batch - round(float(rows) * work.batch)
-    mask = torch.ones(work.batch, tokens, dtype=torch.int64, device=device)
-    if side == "left":
-        mask[first:, :padded] = 0
-    elif side == "right" and work.phase != "decode":
-        mask[first:, tokens - padded :] = 0
-    else:
+    if side not in ("left", "right") or (side == "right" and work.phase == "decode"):
         raise ValueError(
-            f"padding {work.padding!r} in phase {work.phase!r}: left:ROWS[:SHARE], or right:... but in decode"
+            f"padding {work.padding!r} in phase {work.phase!r}: SIDE:ROWS[:SHARE] or SIDE:ragged, in decode on the left"
         )
-    return mask
+    if rows == "ragged":
+        lengths = ((torch.arange(work.batch) + 0.5) / work.batch * tokens).ceil().long()
+    else:
+        lengths = torch.full((work.batch,), tokens)
+        lengths[work.batch - round(float(rows) * work.batch) :] -= int(float(share[0] if share else 0.5) * tokens)
+    positions = torch.arange(tokens)
+    valid = positions < lengths[:, None] if side == "right" else positions >= tokens - lengths[:, None]
+    return valid.long().to(device)
 
 
 class Call:
@@ -724,7 +770,7 @@ def parse_arguments() -> argparse.Namespace:
         prog="python -m benchmarks.models", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     what = parser.add_argument_group("what to measure")
-    what.add_argument("--matrix", choices=["cpu", "h200"], help="a list of workloads")
+    what.add_argument("--matrix", choices=["cpu", "h200", "h200-architectures"], help="a list of workloads")
     what.add_argument("--preset", choices=sorted(PRESETS))
     what.add_argument("--config", help="a configuration class of transformers, such as LlamaConfig")
     what.add_argument(
