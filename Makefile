@@ -3,6 +3,7 @@
 #   make demo        an unmodified Llama through model.generate: eager, Inductor, layerzero side by side
 #   make test        the tests that need neither a GPU nor much time (under 10 minutes on 2 cores)
 #   make test-slow   all the others that this machine can run
+#   make mutate      takes every guard of patterns/ away in turn: some test must fail (an hour or two; goes on where it stopped)
 #   make lint        ruff, and the import contracts of pyproject.toml
 #   make types       mypy
 #   make bench       the CPU benchmark matrix -> build/bench-cpu.jsonl, build/bench-cpu.png
@@ -37,7 +38,7 @@ READY := $(VENV)/.ready
 SPLIT := -n 2
 endif
 
-.PHONY: demo test test-slow lint types bench bench-gpu clean stage
+.PHONY: demo test test-slow mutate lint types bench bench-gpu clean stage
 
 demo: $(READY)
 	$(RUN) examples/generate_llama.py $(ARGS)
@@ -47,6 +48,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(RUN) -m pytest -q -m "gpu or slow" $(ARGS)
+
+mutate: $(READY)
+	$(RUN) tests/mutation.py trace
+	$(RUN) tests/mutation.py run $(ARGS)
 
 lint: $(READY) stage
 	$(RUN) -m ruff check .

@@ -1,0 +1,260 @@
+"""Does every guard of the patterns matter to some test?  Each is taken away in turn, and some test must fail.
+
+    make mutate                                   # both steps; the second goes on where it stopped
+    python tests/mutation.py trace                # which tests run which lines of patterns/
+    python tests/mutation.py run --jobs 2 --files attention.py --limit 20
+    python tests/mutation.py show                 # the share that was killed, and the survivors
+
+A guard is the condition of an ``if`` that ends in return, raise, continue or break; with ``or`` each part is a guard of
+its own.  A mutant has one of them replaced by ``False``.  Only tests that ran the guard's line can tell: they run,
+fastest first, until one fails ("killed") or ``--tests`` of them have passed ("survived").
+
+``trace`` needs the package ``coverage``.  Everything lives in build/mutation/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "build" / "mutation"
+TRACE, RESULTS = FOLDER / "trace.json", FOLDER / "results.jsonl"
+TRACED = [
+    "tests/test_attention_patterns.py",
+    "tests/test_masks.py",
+    "tests/test_norms.py",
+    "tests/test_glu.py",
+    "tests/test_rope.py",
+    "tests/test_rope_tables.py",
+    "tests/test_models.py",
+    "tests/test_cpu_attention.py",
+    "tests/test_sdpa_backends.py",
+    "tests/test_lengths.py",
+    "tests/test_graph_fuzz.py",
+    "tests/test_gpu.py",
+]
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A condition in a file of patterns/: where it stands, and what it reads."""
+
+    file: str
+    first: tuple[int, int]  # line from 1, column in bytes from 0
+    last: tuple[int, int]
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.first[0]}:{self.first[1]} {self.text}"
+
+
+def guards(path: Path) -> list[Guard]:
+    source = path.read_text()
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.If) or not isinstance(
+            node.body[-1], (ast.Return, ast.Raise, ast.Continue, ast.Break)
+        ):
+            continue
+        either = isinstance(node.test, ast.BoolOp) and isinstance(node.test.op, ast.Or)
+        for part in node.test.values if either else [node.test]:  # type: ignore[attr-defined]
+            text = " ".join((ast.get_source_segment(source, part) or "").split())
+            ends = (part.end_lineno or 0, part.end_col_offset or 0)
+            found.append(Guard(path.name, (part.lineno, part.col_offset), ends, text))
+    return sorted(found, key=lambda g: g.first)
+
+
+def without(source: str, guard: Guard) -> str:
+    """The source with the guard's condition replaced by ``False``; lines keep their numbers."""
+    lines = source.encode().splitlines(keepends=True)
+    (top, left), (bottom, right) = guard.first, guard.last
+    head, tail = lines[top - 1][:left], lines[bottom - 1][right:]
+    breaks = b"\n" * (bottom - top)
+    if breaks:  # a condition over several lines stands in brackets, but perhaps its own
+        lines[top - 1 : bottom] = [head + b"(False" + breaks + b")" + tail]
+    else:
+        lines[top - 1] = head + b"False" + tail
+    changed = b"".join(lines).decode()
+    ast.parse(changed)
+    return changed
+
+
+def stage(folder: Path) -> Path:
+    """A copy of the package in its installed shape."""
+    tree = folder / "tree"
+    shutil.rmtree(tree, ignore_errors=True)
+    shutil.copytree(ROOT / "lz_compile", tree / "lz_compile")
+    for part in ("patterns", "lowering"):
+        shutil.copytree(ROOT / part, tree / "lz_compile" / part)
+    entry = tree / "lz_compile-0.dist-info"
+    entry.mkdir()
+    (entry / "METADATA").write_text("Metadata-Version: 2.1\nName: lz-compile\nVersion: 0\n")
+    (entry / "entry_points.txt").write_text("[torch_dynamo_backends]\nlayerzero = lz_compile.backend:layerzero\n")
+    return tree
+
+
+def environment(folder: Path) -> dict[str, str]:
+    path = os.pathsep.join([str(folder / "tree"), str(ROOT)])
+    quiet = {"PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **quiet, "PYTHONPATH": path, "LZ_COMPILE_CACHE_DIR": str(folder / "cache")}
+
+
+# -- which tests run which lines
+
+
+def trace(arguments: argparse.Namespace) -> None:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    tree = stage(FOLDER)
+    files = [name for name in arguments.tests_of or TRACED if (ROOT / name).exists()]
+    plugin = ["-p", "mutation", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not gpu and not slow"]
+    command = [sys.executable, "-m", "pytest", "-q", *plugin, *files]
+    env = environment(FOLDER) | {"LZ_MUTATION_TRACE": str(tree / "lz_compile" / "patterns")}
+    env["PYTHONPATH"] += os.pathsep + str(ROOT / "tests")
+    sys.exit(subprocess.run(command, cwd=ROOT, env=env).returncode)
+
+
+if "LZ_MUTATION_TRACE" in os.environ:  # as a plugin of pytest
+    import coverage
+    import pytest
+
+    _coverage = coverage.Coverage(data_file=None, include=[os.environ["LZ_MUTATION_TRACE"] + "/*"])
+    _seconds: dict[str, float] = {}
+
+    def pytest_configure() -> None:
+        _coverage.start()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(item: Any) -> Any:
+        _coverage.switch_context(item.nodeid)
+        begin = time.perf_counter()
+        try:
+            return (yield)
+        finally:
+            _seconds[item.nodeid] = time.perf_counter() - begin
+            _coverage.switch_context("")
+
+    def pytest_sessionfinish() -> None:
+        _coverage.stop()
+        data = _coverage.get_data()
+        lines: dict[str, dict[str, list[int]]] = {}
+        for path in data.measured_files():
+            by_test: dict[str, list[int]] = defaultdict(list)
+            for line, contexts in data.contexts_by_lineno(path).items():
+                for context in contexts:
+                    if context:
+                        by_test[context].append(line)
+            lines[Path(path).name] = by_test
+        TRACE.write_text(json.dumps({"seconds": _seconds, "lines": lines}))
+
+
+# -- mutants
+
+
+def run(arguments: argparse.Namespace) -> None:
+    traced = json.loads(TRACE.read_text())
+    done = {record["guard"] for record in results()}
+    todo = [g for path in sorted((ROOT / "patterns").glob("*.py")) for g in guards(path)]
+    todo = [g for g in todo if str(g) not in done and (not arguments.files or g.file in arguments.files)]
+    todo = todo[:: max(1, len(todo) // arguments.limit)] if arguments.limit else todo
+    folders = [FOLDER / f"job{i}" for i in range(arguments.jobs)]
+    for folder in folders:
+        stage(folder)
+    free = list(folders)
+
+    def one(guard: Guard) -> None:
+        folder = free.pop()
+        try:
+            record = examine(guard, traced, folder, arguments.tests, arguments.seconds)
+        finally:
+            free.append(folder)
+        with RESULTS.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        print(f"{record['verdict']:10} {guard}", flush=True)
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        list(pool.map(one, todo))
+    show(arguments)
+
+
+def examine(guard: Guard, traced: dict[str, Any], folder: Path, most: int, seconds: float) -> dict[str, Any]:
+    by_test, cost = traced["lines"].get(guard.file, {}), traced["seconds"]
+    reached = [test for test, lines in by_test.items() if guard.first[0] in lines]
+    # Of one parametrised test a few cases will do: the others rarely see more.
+    families: Counter[str] = Counter()
+    chosen = []
+    for test in sorted(reached, key=lambda test: cost.get(test, 9.0)):
+        family = test.partition("[")[0]
+        families[family] += 1
+        if families[family] <= 3:
+            chosen.append(test)
+    chosen = chosen[:most]
+    record = {"guard": str(guard), "tests": len(chosen), "reached": len(reached)}
+    if not chosen:
+        return record | {"verdict": "unreached"}
+    source = ROOT / "patterns" / guard.file
+    target = folder / "tree" / "lz_compile" / "patterns" / guard.file
+    target.write_text(without(source.read_text(), guard))
+    plugins = ["-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-seed=0"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "--tb=no", *plugins, *chosen]
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment(folder), capture_output=True, text=True, timeout=seconds
+        )
+        failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        verdict = {0: "survived", 1: "killed"}.get(done.returncode, "broken")
+        if verdict == "broken":
+            failed = [(done.stdout + done.stderr)[-300:]]
+    except subprocess.TimeoutExpired:
+        verdict, failed = "killed", [f"ran longer than {seconds:g} s"]
+    finally:
+        target.write_text(source.read_text())
+    return record | {"verdict": verdict, "by": failed[0][:200] if failed else ""}
+
+
+def results() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def show(arguments: argparse.Namespace) -> None:
+    records = results()
+    verdicts = Counter(record["verdict"] for record in records)
+    for record in records:
+        if record["verdict"] != "killed":
+            print(f"{record['verdict']:10} {record['guard']} ({record['tests']} of {record['reached']} tests)")
+    share = verdicts["killed"] / max(len(records), 1)
+    print(f"{len(records)} guards: {dict(verdicts)}; killed {share:.1%}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    tracer = commands.add_parser("trace")
+    tracer.add_argument("tests_of", nargs="*", metavar="FILE", help="test files; default: those that know patterns")
+    tracer.set_defaults(function=trace)
+    runner = commands.add_parser("run")
+    runner.add_argument("--jobs", type=int, default=2)
+    runner.add_argument("--files", nargs="*", default=[], help="only guards of these files of patterns/")
+    runner.add_argument("--limit", type=int, default=0, metavar="N", help="about N guards, spread evenly")
+    runner.add_argument("--tests", type=int, default=40, metavar="N", help="tests that a mutant has to survive")
+    runner.add_argument("--seconds", type=float, default=240.0, help="after which a mutant counts as killed")
+    runner.set_defaults(function=run)
+    shower = commands.add_parser("show")
+    shower.set_defaults(function=show)
+    arguments = parser.parse_args()
+    arguments.function(arguments)
+
+
+if __name__ == "__main__":
+    main()
