@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+import torch.fx as fx
 
 from lz_compile.lowering import kernels, tables
-from lz_compile.region import Kernel
+from lz_compile.normalize import normalize
+from lz_compile.patterns.rope_tables import find_rope_tables
+from lz_compile.region import Kernel, Region
 from road import compile_road
 from tiny import DECODERS, tokens
 
@@ -59,3 +65,67 @@ def test_on_the_cpu_a_table_is_left_to_inductor_without_a_word() -> None:
     with torch.no_grad():
         compiled(tokens(1, 4096, 0), use_cache=False)
     assert {region.kind for region in road.regions} == {"attention"}
+
+
+# -- the pattern by itself
+
+
+def found(function: Callable[..., Any], *inputs: torch.Tensor, dynamic: bool = False) -> list[Region]:
+    """The tables of a function's normalised graph."""
+    regions: list[Region] = []
+
+    def backend(module: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
+        regions.extend(find_rope_tables(normalize(module).graph, lambda node: ""))
+        return module.forward
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=backend, dynamic=dynamic)(*inputs)
+    return regions
+
+
+def angles(rows: int = 1024) -> torch.Tensor:
+    return torch.arange(rows)[:, None] * torch.rand(64)
+
+
+def read(table: torch.Tensor, times: int = 4) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.ones(2, 1, 1) * table + i for i in range(times))
+
+
+def test_casts_scales_and_views_between_a_cosine_and_its_readers_are_part_of_the_table() -> None:
+    def tables(x: torch.Tensor) -> Any:
+        doubled = torch.cat((x.cos(), x.cos()), -1)
+        return read(x.cos().to(torch.bfloat16)[None]) + read(x.sin() * 2.0), doubled
+
+    assert [(r.pattern, r.output.meta["val"].dtype) for r in found(tables, angles())] == [
+        ("cos", torch.bfloat16),
+        ("sin", torch.float32),
+    ]
+
+
+@pytest.mark.parametrize("readers", [3, 4])
+def test_four_readers_make_a_table_worth_storing(readers: int) -> None:
+    assert len(found(lambda x: read(x.cos(), readers), angles())) == (readers == 4)
+
+
+def test_a_small_table_is_not_worth_a_launch() -> None:
+    assert len(found(lambda x: read(x.cos()), angles(1024))) == 1
+    assert len(found(lambda x: read(x.cos()), angles(1023))) == 0
+
+
+def test_a_table_through_which_gradients_flow_is_left_alone() -> None:
+    assert not found(lambda x: read(x.cos()), angles().requires_grad_())
+
+
+def test_a_table_of_a_length_that_changes_is_left_alone() -> None:
+    assert not found(lambda x: read(x.cos()), angles(), dynamic=True)
+
+
+def test_a_table_ends_where_something_else_is_made_of_it() -> None:
+    """What comes after an exponential, or is copied out to many heads, is no table: it has one reader, not four."""
+    assert not found(lambda x: read(x.cos().exp()), angles())
+
+    def repeated(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        heads = torch.ones(8, 1, 1) * x.cos()
+        return tuple(heads + i for i in range(4))
+
+    assert not found(repeated, angles())
