@@ -66,8 +66,11 @@ def find_cache_write(node: fx.Node, at: fx.Node, aliases: Aliases) -> CacheWrite
         return None if pages is None else replace(pages, kind=f"{pages.kind} of pages")
     if base.op == "call_function" and base.target in _KINDS:
         cache = _cache_of(base)
-        if base.target is aten.cat.default and _is_dequantised(cache):
-            return CacheWrite(cache, base, "quantised cache, left alone: cat")
+        if base.target is aten.cat.default:
+            if _is_dequantised(cache):
+                return CacheWrite(cache, base, "quantised cache, left alone: cat")
+            while target(cache) in _VIEWS | COPIES:
+                cache = cache.args[0]  # type: ignore[assignment]
         return CacheWrite(cache, base, _kind(base, aliases))
     write = _last_write(base, at, aliases)
     return CacheWrite(base, write, _kind(write, aliases)) if write is not None else None
