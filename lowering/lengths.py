@@ -88,8 +88,45 @@ def find_prefix(region: Region) -> Prefix | str:
     if a.mask.is_causal and statically_known_true(a.queries == a.keys):
         return Prefix(causal=True)
     if not isinstance(a.queries, int) or not isinstance(a.keys, int):
-        return "the mask depends on a symbolic number of queries or keys"
+        return _bottom_right(a)
     return _read(a, region.output.graph, taken_on_trust=False)
+
+
+def _bottom_right(attention: Attention) -> Prefix | str:
+    """A causal limit, with a window or without, that ends at the last key for the last query, at every length.
+
+    So it is for new tokens behind a cache that grows: ``keys - queries`` tokens stand in front of the first query.
+    """
+    form, past = attention.mask, attention.keys - attention.queries
+    uppers, lowers = ([_number(bound) for bound in bounds] for bounds in (form.upper, form.lower))
+    if (
+        form.start
+        or form.stop
+        or not all(upper is not None and statically_known_true(upper == past) for upper in uppers)
+    ):
+        return "the mask depends on a symbolic number of queries or keys"
+    if not statically_known_true(past >= 0):
+        return "no proof that as many keys exist as queries"
+    windows = [None if lower is None else _static(past - lower) for lower in lowers]
+    if not uppers or any(window is None for window in windows):
+        return "the window's size is not static"
+    window = min(windows) if windows else None  # type: ignore[type-var]
+    return "the window is empty" if window is not None and window < 0 else Prefix(causal=True, window_left=window)
+
+
+def _number(bound: Bound) -> int | torch.SymInt | None:
+    """The value of a bound as far as sizes and scalars of the graph tell; None when it is read from a tensor."""
+    total: int | torch.SymInt = bound.const
+    for coefficient, read in bound.reads:
+        value = read.node.meta["val"]
+        if not isinstance(value, (int, torch.SymInt)):
+            return None
+        total = total + coefficient * value
+    return total
+
+
+def _static(value: int | torch.SymInt) -> int | None:
+    return value if isinstance(value, int) else value.node.maybe_as_int()
 
 
 def accepted_prefix(region: Region) -> Prefix:

@@ -112,6 +112,11 @@ def _transform(normal: fx.GraphModule, report: GraphReport, inductor: dict[str, 
             trimmed = trim(normal.graph, Aliases(normal.graph), Emitter)
             receipt.note = trimmed or "every row is read"
         report.trimmed = trimmed
+    shifted = 0
+    if "rolled_window" in config.kinds:
+        with report.step("rolled windows") as receipt:
+            shifted = _shift_windows(normal.graph, Aliases(normal.graph), Emitter)
+            receipt.note = f"{shifted} move in place"
     with report.step("libraries") as receipt:  # the first time on a machine each is tried out in a child process
         running = kernels()
         receipt.note = f"{len(running)} kernels"
@@ -126,8 +131,8 @@ def _transform(normal: fx.GraphModule, report: GraphReport, inductor: dict[str, 
         for kind in sorted({kernel.kind for kernel in running} & set(config.kinds) & set(POINTWISE)):
             regions += POINTWISE[kind](normal.graph, aliases, module_path)
     if not regions:
-        report.reason = report.reason or ("" if trimmed else "nothing to replace")
-        return int(bool(trimmed))
+        report.reason = report.reason or ("" if trimmed or shifted else "nothing to replace")
+        return int(bool(trimmed)) + shifted
     with report.step("plan") as receipt:
         graphs = _uses_cuda_graphs(inductor)
         terms = Terms(config.measure, config.measure_budget, graphs, inductor, Emitter, laid_out)
@@ -144,7 +149,22 @@ def _transform(normal: fx.GraphModule, report: GraphReport, inductor: dict[str, 
         replaced = rewrite(normal, aliases, plan, Emitter)
         receipt.note = f"{replaced} of {len(regions)} regions replaced"
     report.regions = _settled(described, plan)
-    return replaced + int(bool(trimmed))
+    return replaced + int(bool(trimmed)) + shifted
+
+
+def _shift_windows(graph: fx.Graph, aliases: Aliases, make_emitter: Callable[..., Any]) -> int:
+    """Full sliding caches move their rows in place; how many do."""
+    from lz_compile.lowering.rolled import shift_in, takes
+    from lz_compile.patterns.cache import find_rolled_windows
+
+    windows = [window for window in find_rolled_windows(graph, aliases) if takes(window.cache.meta["val"])]
+    emitter = make_emitter(graph, aliases)
+    for window in windows:
+        shift_in(emitter, window.write, window.cache, window.new)
+        window.write.replace_all_uses_with(window.cache)
+        for node in window.nodes:
+            graph.erase_node(node)
+    return len(windows)
 
 
 def _uses_cuda_graphs(inductor: dict[str, Any]) -> bool:

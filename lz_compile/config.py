@@ -31,7 +31,8 @@ policy: str = ""
 # Compute only the rows that are read: behind `hidden_states[:, -1:]` the last layer runs on one token.
 trim_rows: bool = True
 
-# Region kinds to look for; an empty list leaves every graph to Inductor.
+# Region kinds to look for; an empty list leaves every graph to Inductor.  Not among them unless asked for:
+# "rolled_window", by which a full sliding cache on CUDA moves its rows in place.
 kinds: list[str] = ["attention", "rope_table", "rms_norm", "glu", "rope"]
 
 # Values of settings that take one of a few words.

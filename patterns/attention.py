@@ -24,7 +24,19 @@ from lz_compile.patterns.cache import find_cache_write
 from lz_compile.patterns.empty_rows import EmptyRowsOfSdpa
 from lz_compile.patterns.heads import ungroup
 from lz_compile.patterns.masks import MaskProver
-from lz_compile.patterns.walk import CASTS, COPIES, FUNCTIONAL, arguments, aten, fake, same, same_shape, scalar, target
+from lz_compile.patterns.walk import (
+    CASTS,
+    COPIES,
+    FUNCTIONAL,
+    agree,
+    arguments,
+    aten,
+    fake,
+    same,
+    same_shape,
+    scalar,
+    target,
+)
 from lz_compile.region import Attention, Region
 
 _SOFTMAX = {aten.softmax.int, aten._softmax.default, aten.special_softmax.default}
@@ -562,7 +574,7 @@ def _require_replaceable(region: Region, site: _Site, aliases: Aliases) -> None:
         raise Declined("query heads are not a multiple of key/value heads")
     if attention.stacked == 0 and not same(q.shape[1], k.shape[1]):
         raise Declined("stacked heads of query and key differ")
-    if not (same(k.shape[1], v.shape[1]) and same(k.shape[2], v.shape[2]) and same(q.shape[3], k.shape[3])):
+    if not (same(k.shape[1], v.shape[1]) and agree(k.shape[2], v.shape[2]) and same(q.shape[3], k.shape[3])):
         raise Declined("shapes of query, key and value do not fit")
     if not (same(q.shape[0], k.shape[0]) and same(q.shape[0], v.shape[0])):
         raise Declined("query, key and value broadcast over the batch")

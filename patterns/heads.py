@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch.fx as fx
 
-from lz_compile.patterns.walk import COPIES, arguments, aten, fake, same, target
+from lz_compile.patterns.walk import COPIES, arguments, aten, fake, same, same_shape, target
 
 _RESHAPES = {aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints}
 
@@ -34,21 +34,36 @@ def _expand_reshape(node: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
         inner = inner.args[0]  # type: ignore[assignment]
     if target(inner) is not aten.expand.default:
         return None
-    unsqueezed = inner.args[0]
+    unsqueezed: fx.Node = inner.args[0]  # type: ignore[assignment]
+    slices: list[fx.Node] = []
+    while _keeps_everything(unsqueezed):
+        slices.append(unsqueezed)
+        unsqueezed = unsqueezed.args[0]  # type: ignore[assignment]
     if target(unsqueezed) is not aten.unsqueeze.default:
         return None
-    base = unsqueezed.args[0]  # type: ignore[union-attr]
+    base = unsqueezed.args[0]
     shape, wide = fake(base), fake(inner)
     if shape is None or wide is None or shape.dim() != 4 or wide.dim() != 5:
         return None
-    if unsqueezed.args[1] % 5 != 2:  # type: ignore[union-attr]
+    if unsqueezed.args[1] % 5 != 2:  # type: ignore[operator]
         return None
     batch, heads, keys, size = shape.shape
     kept = same(wide.shape[0], batch) and same(wide.shape[1], heads) and same(wide.shape[3], keys)
     merged = same(outer.shape[1], heads * wide.shape[2]) and same(outer.shape[2], keys) and same(outer.shape[3], size)
     if not (kept and merged and same(outer.shape[0], batch) and same(wide.shape[4], size)):
         return None
-    return base, [unsqueezed, inner, *reversed(copies), node]  # type: ignore[return-value, list-item]
+    between = [unsqueezed, *reversed(slices), inner, *reversed(copies), node]
+    return base, between  # type: ignore[return-value]
+
+
+def _keeps_everything(node: fx.Node) -> bool:
+    """``x[:]``, which tracing keeps where the length is known only at run time."""
+    if target(node) is not aten.slice.Tensor:
+        return False
+    known = arguments(node)
+    before, after = fake(known["self"]), fake(node)
+    whole = known["start"] in (None, 0) and known["step"] == 1
+    return whole and before is not None and after is not None and same_shape(before.shape, after.shape)
 
 
 def _repeat_interleave(node: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:

@@ -22,12 +22,12 @@ class SymInts:
         for node in graph.nodes:
             value = node.meta.get("val")
             if isinstance(value, torch.SymInt):
-                self._note(node, value.node.expr)
+                self._note(node, value.node.expr, value.node.shape_env)
 
-    def _note(self, node: fx.Node, expr: Any) -> None:
+    def _note(self, node: fx.Node, expr: Any, shape_env: Any) -> None:
         """Remember that ``symbol = sign * (node - const)``; a node that is the symbol itself comes first."""
         parts: dict[str, int] = {}
-        const = _decompose(expr, 1, parts)
+        const = _decompose(expr, 1, parts, {}, shape_env)
         if len(parts) == 1 and abs(next(iter(parts.values()))) == 1:
             ((name, sign),) = parts.items()
             known = self._holders.get(name)
@@ -45,7 +45,7 @@ class SymInts:
             return None
         parts: dict[str, int] = {}
         atoms: dict[str, Any] = {}
-        total = space.number(_decompose(value.node.expr, 1, parts, atoms))
+        total = space.number(_decompose(value.node.expr, 1, parts, atoms, value.node.shape_env))
         for name, coefficient in parts.items():
             low, high = _symbol_range(value.node.shape_env, atoms[name])
             total = space.add(total, space.size(name, low, high), coefficient)
@@ -56,18 +56,36 @@ class SymInts:
         return self._holders.get(name)
 
 
-def _decompose(expr: Any, factor: int, parts: dict[str, int], atoms: dict[str, Any] | None = None) -> int:
+def _decompose(expr: Any, factor: int, parts: dict[str, int], atoms: dict[str, Any], shape_env: Any) -> int:
     """Collect ``factor * expr`` (sympy) as coefficients by symbol; returns the constant."""
     if expr.is_Integer:
         return factor * int(expr)
     if expr.is_Add:
-        return sum(_decompose(term, factor, parts, atoms) for term in expr.args)
+        return sum(_decompose(term, factor, parts, atoms, shape_env) for term in expr.args)
     if expr.is_Mul and expr.args[0].is_Integer and len(expr.args) == 2:
-        return _decompose(expr.args[1], factor * int(expr.args[0]), parts, atoms)
+        return _decompose(expr.args[1], factor * int(expr.args[0]), parts, atoms, shape_env)
+    decided = _decided(expr, shape_env)
+    if decided is not None:
+        return _decompose(decided, factor, parts, atoms, shape_env)
     parts[str(expr)] = parts.get(str(expr), 0) + factor
-    if atoms is not None:
-        atoms[str(expr)] = expr
+    atoms[str(expr)] = expr
     return 0
+
+
+def _decided(expr: Any, shape_env: Any) -> Any:
+    """The argument that a ``Max`` or ``Min`` always is, as far as the ranges of the symbols tell; None for others.
+
+    A sliding cache starts its mask at ``Max(0, length - window + 1)``: the guard that says whether the window is full
+    decides which one it is.
+    """
+    sign = {"Max": 1, "Min": -1}.get(type(expr).__name__)
+    if sign is None:
+        return None
+    for winner in expr.args:
+        lows = [_symbol_range(shape_env, sign * (winner - other))[0] for other in expr.args]
+        if all(low is not None and low >= 0 for low in lows):
+            return winner
+    return None
 
 
 def _symbol_range(shape_env: Any, expr: Any) -> tuple[int | None, int | None]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 
 from lz_compile.aliasing import Aliases
 
@@ -62,6 +62,15 @@ def fake(node: Any) -> torch.Tensor | None:
 def same(a: Any, b: Any) -> bool:
     """True when two sizes are known to be equal, without adding a guard."""
     return bool(statically_known_true(a == b))
+
+
+def agree(a: Any, b: Any) -> bool:
+    """True when two sizes that the program needs to be equal are.
+
+    A growing cache gives its keys and its values a length of their own each; an attention over two lengths would be an
+    error.  The guard that this adds makes it a recompilation instead of a read behind the shorter one.
+    """
+    return bool(guard_or_false(a == b))
 
 
 def same_shape(a: Any, b: Any) -> bool:

@@ -991,3 +991,34 @@ def test_a_symbolic_scalar_is_read_from_the_input_that_holds_it() -> None:
     module = trace_dynamic(lambda x, n: torch.arange(8) < n + 1, torch.zeros(3), 5)
     ((_, read),) = prove(module, (1, 1, 4, 8)).stop[0].reads
     assert read.node.op == "placeholder" and read.index == ()
+
+
+def sliding_step(guard: Callable[[int], bool]) -> Callable[..., torch.Tensor]:
+    """The mask of one query over a window of 8 behind ``n`` tokens, as transformers makes it for a sliding cache."""
+
+    def build(x: torch.Tensor, n: int) -> torch.Tensor:
+        assert guard(n)
+        keys = torch.arange(8) + torch.sym_max(n - 7, 0)
+        query = n + torch.arange(1)[:, None]
+        return (keys > query - 8) & (keys <= query)
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("guard", "first", "others", "text"),
+    [
+        (lambda n: n >= 8, 11, (8, 9, 50), "none"),
+        (lambda n: n + 1 <= 8, 4, (3, 5, 7), "causal(offset="),
+        (lambda n: True, 11, (3, 7, 8, 9, 50), "window("),
+    ],
+    ids=["full", "filling", "unknown"],
+)
+def test_the_guard_of_a_sliding_cache_decides_where_its_keys_begin(
+    guard: Callable[[int], bool], first: int, others: tuple[int, ...], text: str
+) -> None:
+    module = trace_dynamic(sliding_step(guard), torch.zeros(3), first)
+    form = prove(module, (2, 2, 1, 8))
+    assert form.proved and text in str(form) and ("window(" in text or "window(" not in str(form))
+    for n in others:
+        check(module, form, (2, 2, 1, 8), (torch.zeros(3), n), "keep")
