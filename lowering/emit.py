@@ -88,7 +88,8 @@ class Emitter:
         m = self.mask_arguments(region)
         tensors = (m.bounds, m.key_mask, m.query_documents, m.key_documents, m.mask)
         numbers = (float(a.scale), float(a.softcap), m.chunk, m.empty_row)
-        return self.result(region, self.call(region.output, op, *self.inputs(region), *tensors, *numbers))
+        sink = () if a.sink is None else (a.sink,)
+        return self.result(region, self.call(region.output, op, *self.inputs(region), *tensors, *numbers, *sink))
 
     def mask_arguments(self, region: Region) -> MaskArguments:
         """The mask of an attention region as kernel arguments."""

@@ -9,7 +9,7 @@ from lz_compile.lowering.emit import Emitter
 from lz_compile.lowering.work import attention_work
 from lz_compile.region import Attention, Kernel, Provider, Region, Verdict, Work
 
-VERSION = "2"
+VERSION = "3"
 _DECODE_QUERIES = 16
 _HEAD_SIZES = range(16, 257)
 
@@ -77,11 +77,11 @@ def _supports_tiled(region: Region) -> Verdict:
 
 
 def _emit_split_kv(emitter: Emitter, region: Region) -> fx.Node:
-    return emitter.attend(region, torch.ops.lz_compile.split_kv_v1.default)
+    return emitter.attend(region, torch.ops.lz_compile.split_kv_v2.default)
 
 
 def _emit_tiled(emitter: Emitter, region: Region) -> fx.Node:
-    return emitter.attend(region, torch.ops.lz_compile.tiled_v2.default)
+    return emitter.attend(region, torch.ops.lz_compile.tiled_v3.default)
 
 
 def _split_kv_work(region: Region) -> Work:
@@ -111,6 +111,7 @@ SPLIT_KV = Kernel(
     summary="split-KV decode: each key is read once per head group, and only keys that some query may see",
     work=_split_kv_work,
     first_call=_first_call,
+    sinks=True,
 )
 
 TILED = Kernel(
@@ -123,6 +124,7 @@ TILED = Kernel(
     summary="tiled prefill: tiles that the mask hides are skipped, tiles that it shows run without it",
     work=_tiled_work,
     first_call=_first_call,
+    sinks=True,
 )
 
 PROVIDER = Provider("triton", (SPLIT_KV, TILED))
