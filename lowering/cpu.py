@@ -1,10 +1,10 @@
 """Attention on the CPU that never touches a key that no query may see.
 
-``lz_compile::attend_cpu_v2`` takes the arguments of :func:`lz_compile.lowering.semantic.attend`, reads the bounds on the
-host (which costs nothing on the CPU), cuts keys and values to the visible range, and runs PyTorch's flash attention on
-what is left: grouped queries share their keys, causal and fully visible ranges need no mask, rows of different length
-run one by one, long queries with a window run block by block.  An attention sink needs the sums of exponentials, which
-only the flash operator gives: with it each row is scaled by ``1 / (1 + exp(sink - logsumexp))``.
+``lz_compile::attend_cpu_v2`` takes the arguments of :func:`lz_compile.lowering.semantic.attend`, reads the bounds on
+the host (which costs nothing on the CPU), cuts keys and values to the visible range, and runs PyTorch's flash
+attention on what is left: grouped queries share their keys, causal and fully visible ranges need no mask, rows of
+different length run one by one, long queries with a window run block by block. An attention sink needs the sums of
+exponentials, which only the flash operator gives: with it each row is scaled by ``1 / (1 + exp(sink - logsumexp))``.
 """
 
 from __future__ import annotations

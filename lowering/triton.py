@@ -63,13 +63,21 @@ def _supports_split_kv(region: Region) -> Verdict:
     return None
 
 
+def _skips_tiles(a: Attention) -> bool:
+    """Whether what was proved beside a bias hides tiles."""
+    form = a.mask
+    return bool(form.upper or form.lower or form.start or form.stop or form.chunk)
+
+
 def _supports_tiled(region: Region) -> Verdict:
     why_not = _common(region)
     if why_not:
         return why_not
     a = region.attention
     assert a is not None
-    if not a.mask.proved:
+    if a.sink is not None:
+        return None  # there is no other kernel
+    if not a.mask.proved and not _skips_tiles(a):
         return f"the mask is not proved, so that no tile can be skipped: {a.mask.unproved}"
     if a.query.meta["val"].dtype == torch.float32:
         return "float32 prefill is faster in PyTorch's SDPA"

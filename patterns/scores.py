@@ -2,7 +2,7 @@
 
 Models write a bias and a mask one after the other (T5's relative positions, ALiBi), let ``baddbmm`` add the bias, scale
 after the bias, add in a view of other dimensions (decomposed relative positions), or fill where a bias was added.  Sums
-do not care for their order, so here all that is added becomes one mask: ``(s + bias) + mask = s + (bias + mask)``, where
+do not care for their order, so here all that is added becomes one mask: ``(s + bias) + mask = s + (bias + mask)``, and
 ``bias + mask`` is computed once for all layers that share it.
 
 Enters: a normalised graph.  Leaves: the same graph, in which the scores of such a site are rebuilt in front of whatever
@@ -24,7 +24,19 @@ from lz_compile.compat import fake_mode_of
 from lz_compile.gradients import needs_gradient
 from lz_compile.insert import insert_call
 from lz_compile.patterns.steps import FILLS, PRODUCTS, SCALES, WHERE, leads_to_product, scale_factor, softcap_of
-from lz_compile.patterns.walk import CASTS, COPIES, FUNCTIONAL, RESHAPES, arguments, aten, fake, same, same_shape, scalar, target
+from lz_compile.patterns.walk import (
+    CASTS,
+    COPIES,
+    FUNCTIONAL,
+    RESHAPES,
+    arguments,
+    aten,
+    fake,
+    same,
+    same_shape,
+    scalar,
+    target,
+)
 
 _SUMS = {aten.add.Tensor, aten.sub.Tensor}
 
@@ -43,8 +55,8 @@ class _Left(Exception):
 class _Step:
     """One step on the way from the product to the softmax.
 
-    ``kind`` is ``add`` (of ``factor`` times ``value``), ``hide`` or ``keep`` (``value`` is the condition, ``factor`` the
-    number that is filled in), ``scale`` or ``softcap`` (by ``factor``).  ``shape`` is the scores' shape there.
+    ``kind`` is ``add`` (of ``factor`` times ``value``), ``hide`` or ``keep`` (``value`` is the condition, ``factor``
+    the number that is filled in), ``scale`` or ``softcap`` (by ``factor``).  ``shape`` is the scores' shape there.
     """
 
     kind: str
@@ -226,9 +238,7 @@ class ScoreWriter:
             raise _Left
         return before, softcap, mask
 
-    def _mask(
-        self, steps: list[_Step], anchor: fx.Node, at: fx.Node, dtype: torch.dtype, final: torch.Size
-    ) -> fx.Node:
+    def _mask(self, steps: list[_Step], anchor: fx.Node, at: fx.Node, dtype: torch.dtype, final: torch.Size) -> fx.Node:
         """What ``steps`` add to the scores, as one additive mask."""
         key: list[Any] = [dtype, str(final)]
         result: fx.Node | None = None

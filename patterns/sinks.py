@@ -3,7 +3,7 @@
     scores = cat([scores, sinks.reshape(1, -1, 1, 1).expand(B, -1, M, -1)], -1)
     softmax(scores - scores.max(-1, keepdim=True).values, -1)[..., :-1]
 
-Enters: the node that a softmax reads.  Leaves: the scores under it, the sinks, one for each head, and the nodes between.
+Enters: the node that a softmax reads.  Leaves: the scores under it, the sinks of the heads, and the nodes between.
 """
 
 from __future__ import annotations

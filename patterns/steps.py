@@ -9,7 +9,7 @@ from typing import Any
 import torch.fx as fx
 
 from lz_compile.aliasing import Aliases
-from lz_compile.patterns.walk import CASTS, COPIES, RESHAPES, arguments, aten, scalar, target
+from lz_compile.patterns.walk import CASTS, COPIES, RESHAPES, aten, scalar, target
 
 PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default}
 SCALES = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}
