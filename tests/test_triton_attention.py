@@ -257,9 +257,10 @@ def sinks(heads: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 @pytest.mark.parametrize("kernel", [split_kv, tiled])
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
-@pytest.mark.parametrize("case", ["no mask", "causal", "window", "boolean mask", "additive mask"])
+@pytest.mark.parametrize("case", ["no mask", "window", "additive mask"])
 def test_an_attention_sink_joins_the_sum_of_exponentials(kernel: Kernel, case: str, softcap: float) -> None:
-    arguments = {**qkv(), **CASES[case](2, 4, 5, 75), "sink": sinks(4), "softcap": softcap}
+    arguments = {**qkv(keys=40, key_size=16, value_size=16), **CASES[case](2, 4, 5, 40)}
+    arguments |= {"sink": sinks(4), "softcap": softcap}
     assert_is_attend(kernel, arguments)
     without = kernel(**{**arguments, "sink": None})
     assert (kernel(**arguments) - without).abs().max() > 0.1
@@ -268,8 +269,8 @@ def test_an_attention_sink_joins_the_sum_of_exponentials(kernel: Kernel, case: s
 
 
 @pytest.mark.parametrize("kernel", [split_kv, tiled])
-@pytest.mark.parametrize("empty_row", sorted(EMPTY_ROW.values()))
-@pytest.mark.parametrize("mask", ["none", "boolean", "additive"])
+@pytest.mark.parametrize("empty_row", [0, 1])
+@pytest.mark.parametrize("mask", ["none", "additive"])
 def test_a_row_that_sees_its_sink_alone_gives_zeros(kernel: Kernel, empty_row: int, mask: str) -> None:
     arguments = {**qkv(keys=40), "empty_row": empty_row, "sink": sinks(4)}
     visible = random_mask(2, 4, 5, 40)
