@@ -1,9 +1,10 @@
 """Attention on the CPU that never touches a key that no query may see.
 
-``lz_compile::attend_cpu`` takes the arguments of :func:`lz_compile.lowering.semantic.attend`, reads the bounds on the
-host (which costs nothing on the CPU), cuts keys and values to the visible range, and runs PyTorch's flash attention on
-what is left: grouped queries share their keys, causal and fully visible ranges need no mask, rows of different length
-run one by one, long queries with a window run block by block.
+``lz_compile::attend_cpu_v2`` takes the arguments of :func:`lz_compile.lowering.semantic.attend`, reads the bounds on
+the host (which costs nothing on the CPU), cuts keys and values to the visible range, and runs PyTorch's flash
+attention on what is left: grouped queries share their keys, causal and fully visible ranges need no mask, rows of
+different length run one by one, long queries with a window run block by block. An attention sink needs the sums of
+exponentials, which only the flash operator gives: with it each row is scaled by ``1 / (1 + exp(sink - logsumexp))``.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from lz_compile.lowering.semantic import (
 )
 from lz_compile.region import Kernel, Region, Verdict
 
-VERSION = "1"
+VERSION = "2"
 # Queries that a block of a windowed attention holds: enough to keep the matrix units busy, few enough to skip keys.
 _BLOCK = 256
 # Running rows one by one pays when it leaves out at least this share of the keys.
@@ -37,8 +38,9 @@ _WORTH_SPLITTING = 0.2
 
 _library = torch.library.Library("lz_compile", "FRAGMENT")
 _library.define(
-    "attend_cpu(Tensor query, Tensor key, Tensor value, Tensor? bounds, Tensor? key_mask, Tensor? query_documents, "
-    "Tensor? key_documents, Tensor? mask, float scale, float softcap, int chunk, int empty_row) -> Tensor"
+    "attend_cpu_v2(Tensor query, Tensor key, Tensor value, Tensor? bounds, Tensor? key_mask, Tensor? query_documents, "
+    "Tensor? key_documents, Tensor? mask, float scale, float softcap, int chunk, int empty_row, Tensor? sink=None) "
+    "-> Tensor"
 )
 
 
@@ -63,6 +65,7 @@ def attend_cpu(
     softcap: float,
     chunk: int,
     empty_row: int,
+    sink: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See :func:`lz_compile.lowering.semantic.attend`; without softcap."""
     assert softcap == 0.0
@@ -72,9 +75,11 @@ def attend_cpu(
     out = attend_output(query, value)
     if not out.numel():
         return out
+    if sink is not None:
+        empty_row = EMPTY_ROW["zero"]
     everything = _Mask(limits, key_mask, query_documents, key_documents, mask, chunk)
     for job in _jobs(limits, batch, queries, keys, chunk):
-        _run(query, key, value, out, everything, job, scale, empty_row)
+        _run(query, key, value, out, everything, job, scale, empty_row, sink)
     return out
 
 
@@ -168,6 +173,7 @@ def _run(
     job: _Job,
     scale: float,
     empty_row: int,
+    sink: torch.Tensor | None,
 ) -> None:
     rows, queries = job.rows, job.queries
     keys_total = key.shape[2]
@@ -187,7 +193,7 @@ def _run(
         kind = _simple_kind(row, queries, first, last, hidden.chunk)
         if kind is False or (kind and scale > 0):  # SDPA scales the -inf of its causal mask, too
             part = slice(first, last)
-            result = _sdpa(query[rows, :, queries], key[rows, :, part], value[rows, :, part], None, kind, scale)
+            result = _sdpa(query[rows, :, queries], key[rows, :, part], value[rows, :, part], None, kind, scale, sink)
             out[rows, :, queries] = result
             return
     keys = slice(first, last)
@@ -201,7 +207,7 @@ def _run(
         wide = torch.promote_types(bias.dtype, query.dtype)
         parts = tuple(part.to(wide) for part in parts)  # type: ignore[assignment]
         mask = torch.where(visible, bias.to(wide), torch.tensor(float("-inf"), dtype=wide))
-    out[rows, :, queries] = _sdpa(*parts, mask, False, scale)
+    out[rows, :, queries] = _sdpa(*parts, mask, False, scale, sink)
     empty = ~visible.any(-1)
     if empty_row and bool(empty.any()):
         fallback = _empty_rows(query, key, value, hidden, rows, queries, scale, empty_row)
@@ -246,8 +252,11 @@ def _sdpa(
     mask: torch.Tensor | None,
     is_causal: bool,
     scale: float,
+    sink: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """PyTorch's SDPA with grouped heads; for one query the group's heads become queries of one head."""
+    if sink is not None:
+        return _with_sink(query, key, value, mask, is_causal, scale, sink)
     heads, kv_heads = query.shape[1], key.shape[1]
     if heads == kv_heads:
         return F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, scale=scale)
@@ -257,6 +266,37 @@ def _sdpa(
         result = F.scaled_dot_product_attention(packed, key, value, mask, scale=scale)
         return result.reshape(batch, heads, 1, value.shape[-1])
     return F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=True)
+
+
+def _with_sink(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float,
+    sink: torch.Tensor,
+) -> torch.Tensor:
+    """As :func:`_sdpa`, with one more logit for each head in the denominator."""
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros((), dtype=query.dtype).masked_fill(~mask, float("-inf"))
+    compute = torch.promote_types(query.dtype, torch.float32)
+    logits = sink.to(compute)[None, :, None]
+    parts = (query, key, value)
+    if query.shape[-1] == value.shape[-1] and all(part.stride(-1) == 1 for part in parts):
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        result, sums = flash(*parts, 0.0, is_causal, attn_mask=mask, scale=scale)
+        return (result * torch.sigmoid(sums - logits)[..., None]).to(query.dtype)
+    group = query.shape[1] // key.shape[1]
+    k, v = (part.to(compute).repeat_interleave(group, 1) for part in (key, value))
+    scores = query.to(compute) @ k.transpose(-1, -2) * scale
+    if is_causal:
+        above = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(above, float("-inf"))
+    if mask is not None:
+        scores = scores + mask.to(compute)
+    weights = torch.softmax(torch.cat([scores, logits[..., None].expand(*scores.shape[:-1], 1)], -1), -1)[..., :-1]
+    return (weights @ v).to(query.dtype)
 
 
 def _fill_empty(
@@ -306,10 +346,10 @@ def _empty_rows(
     return mean.repeat_interleave(group, 1)
 
 
-_library.impl("attend_cpu", attend_cpu, "CPU")
+_library.impl("attend_cpu_v2", attend_cpu, "CPU")
 
 
-@torch.library.register_fake("lz_compile::attend_cpu")
+@torch.library.register_fake("lz_compile::attend_cpu_v2")
 def _fake(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object) -> torch.Tensor:
     return attend_output(query, value)
 
@@ -321,7 +361,7 @@ def _supports(region: Region) -> Verdict:
         return "runs on the CPU"
     if a.softcap:
         return "has no softcap"
-    if a.mask.is_trivial or a.mask.is_causal:
+    if a.sink is None and (a.mask.is_trivial or a.mask.is_causal):
         return "there is nothing to skip"
     if not a.mask.proved and not _narrows(region):
         return f"the mask is not proved: {a.mask.unproved}"
@@ -338,7 +378,7 @@ def _narrows(region: Region) -> bool:
 
 
 def _emit(emitter: Emitter, region: Region) -> fx.Node:
-    return emitter.attend(region, torch.ops.lz_compile.attend_cpu.default)
+    return emitter.attend(region, torch.ops.lz_compile.attend_cpu_v2.default)
 
 
 RANGES = Kernel(
@@ -348,4 +388,5 @@ RANGES = Kernel(
     supports=_supports,
     emit=_emit,
     summary="reads only keys that some query may see; grouped heads share them",
+    sinks=True,
 )

@@ -15,6 +15,7 @@ import torch.fx as fx
 
 from lz_compile.aliasing import Aliases
 from lz_compile.compat import fake_mode_of
+from lz_compile.insert import insert_call
 from lz_compile.lowering.semantic import BOUND_COLUMNS, EMPTY_ROW, NO_LOWER, NO_UPPER
 from lz_compile.mask import Bound, Documents, MaskForm, Read
 from lz_compile.region import Region
@@ -46,15 +47,7 @@ class Emitter:
 
     def call(self, anchor: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """One call in front of ``anchor``; its fake value comes from running ``target`` on fake values."""
-        with self.graph.inserting_before(anchor):
-            node = self.graph.call_function(target, args, kwargs)
-        values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with self._fake_mode, torch.no_grad():
-            node.meta["val"] = target(*values[0], **values[1])
-        for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
-            if key in anchor.meta:
-                node.meta[key] = anchor.meta[key]
-        return node
+        return insert_call(self._fake_mode, anchor, target, *args, **kwargs)
 
     def shared(self, key: Hashable, build: Callable[[], Any]) -> Any:
         """``build()`` the first time; later layers get the same nodes, which stand in front of them."""
@@ -88,7 +81,8 @@ class Emitter:
         m = self.mask_arguments(region)
         tensors = (m.bounds, m.key_mask, m.query_documents, m.key_documents, m.mask)
         numbers = (float(a.scale), float(a.softcap), m.chunk, m.empty_row)
-        return self.result(region, self.call(region.output, op, *self.inputs(region), *tensors, *numbers))
+        sink = () if a.sink is None else (a.sink,)
+        return self.result(region, self.call(region.output, op, *self.inputs(region), *tensors, *numbers, *sink))
 
     def mask_arguments(self, region: Region) -> MaskArguments:
         """The mask of an attention region as kernel arguments."""

@@ -69,6 +69,7 @@ def attend(
     softcap: float = 0.0,
     chunk: int = 0,
     empty_row: int = 0,
+    sink: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention over a mask in normal form: ``softmax(softcap(scale * q k^T) + bias) v`` over visible keys.
 
@@ -88,6 +89,9 @@ def attend(
         empty_row: what a row without visible keys gives: 0 zeros, 1 the softmax over all N keys of the additive
             ``mask`` (with no additive mask: the mean of all values; NaN where it is -inf throughout), 2 NaN, 3 as 1
             but zeros instead of that NaN, 4 the softmax over all N keys without any mask.
+        sink: [Hq] of any floating dtype; one more logit of each head in the softmax's denominator, which has no value
+            and is neither scaled, capped nor masked.  A row without visible keys then gives zeros, whatever
+            ``empty_row`` says.
 
     Returns:
         [B, Hq, M, Dv] in the dtype of ``query``, computed in float32 (float64 for float64 inputs), with the memory of
@@ -109,7 +113,11 @@ def attend(
     plain = scores
     if mask is not None and additive:
         scores = scores + mask.to(compute)
-    weights = torch.softmax(scores.masked_fill(~visible, float("-inf")), -1)
+    hidden = scores.masked_fill(~visible, float("-inf"))
+    if sink is not None:
+        column = sink.to(compute)[None, :, None, None].expand(batch, query_heads, queries, 1)
+        hidden, empty_row = torch.cat([hidden, column], -1), 0
+    weights = torch.softmax(hidden, -1)[..., :keys]
     empty = ~visible.any(-1, keepdim=True)
     if empty_row == 0:
         fallback = torch.zeros_like(weights)

@@ -9,7 +9,7 @@ from lz_compile.lowering.emit import Emitter
 from lz_compile.lowering.work import attention_work
 from lz_compile.region import Attention, Kernel, Provider, Region, Verdict, Work
 
-VERSION = "2"
+VERSION = "3"
 _DECODE_QUERIES = 16
 _HEAD_SIZES = range(16, 257)
 
@@ -63,13 +63,21 @@ def _supports_split_kv(region: Region) -> Verdict:
     return None
 
 
+def _skips_tiles(a: Attention) -> bool:
+    """Whether what was proved beside a bias hides tiles."""
+    form = a.mask
+    return bool(form.upper or form.lower or form.start or form.stop or form.chunk)
+
+
 def _supports_tiled(region: Region) -> Verdict:
     why_not = _common(region)
     if why_not:
         return why_not
     a = region.attention
     assert a is not None
-    if not a.mask.proved:
+    if a.sink is not None:
+        return None  # there is no other kernel
+    if not a.mask.proved and not _skips_tiles(a):
         return f"the mask is not proved, so that no tile can be skipped: {a.mask.unproved}"
     if a.query.meta["val"].dtype == torch.float32:
         return "float32 prefill is faster in PyTorch's SDPA"
@@ -77,11 +85,11 @@ def _supports_tiled(region: Region) -> Verdict:
 
 
 def _emit_split_kv(emitter: Emitter, region: Region) -> fx.Node:
-    return emitter.attend(region, torch.ops.lz_compile.split_kv_v1.default)
+    return emitter.attend(region, torch.ops.lz_compile.split_kv_v2.default)
 
 
 def _emit_tiled(emitter: Emitter, region: Region) -> fx.Node:
-    return emitter.attend(region, torch.ops.lz_compile.tiled_v2.default)
+    return emitter.attend(region, torch.ops.lz_compile.tiled_v3.default)
 
 
 def _split_kv_work(region: Region) -> Work:
@@ -111,6 +119,7 @@ SPLIT_KV = Kernel(
     summary="split-KV decode: each key is read once per head group, and only keys that some query may see",
     work=_split_kv_work,
     first_call=_first_call,
+    sinks=True,
 )
 
 TILED = Kernel(
@@ -123,6 +132,7 @@ TILED = Kernel(
     summary="tiled prefill: tiles that the mask hides are skipped, tiles that it shows run without it",
     work=_tiled_work,
     first_call=_first_call,
+    sinks=True,
 )
 
 PROVIDER = Provider("triton", (SPLIT_KV, TILED))

@@ -200,6 +200,25 @@ def online_softmax(
 
 
 @triton.jit
+def sink_logit(sink, MASK_KIND: tl.constexpr):
+    """A head's attention sink in the units of ``row_max`` (see :func:`online_softmax`)."""
+    logit = tl.load(sink).to(tl.float32)
+    if MASK_KIND != ADDITIVE_MASK:
+        logit = logit * LOG2E
+    return logit
+
+
+@triton.jit
+def sink_weight(logit, offset, MASK_KIND: tl.constexpr):
+    """What a sink adds to the sum of exponentials that are taken from ``offset`` on."""
+    if MASK_KIND == ADDITIVE_MASK:
+        weight = tl.exp2((logit - offset) * LOG2E)
+    else:
+        weight = tl.exp2(logit - offset)
+    return weight
+
+
+@triton.jit
 def split_kernel(
     query,
     key,
@@ -339,6 +358,7 @@ def combine_kernel(
     key,
     value,
     mask,
+    sink,
     out,
     stride_qb,
     stride_qh,
@@ -353,6 +373,7 @@ def combine_kernel(
     stride_mask_h,
     stride_mask_m,
     stride_mask_n,
+    stride_sink,
     stride_ob,
     stride_oh,
     stride_om,
@@ -372,6 +393,7 @@ def combine_kernel(
     MASK_KIND: tl.constexpr,
     SOFTCAP: tl.constexpr,
     EMPTY_ROW: tl.constexpr,
+    HAS_SINK: tl.constexpr,
 ):
     """Adds up the splits of one row.  Grid: (HEADS * queries, B)."""
     # Inductor passes Python floats as float64.
@@ -390,6 +412,9 @@ def combine_kernel(
     # A sum of zero marks a split that saw no key; its values may never have been written.
     seen = sums != 0.0
     largest = tl.max(highest, 0)
+    if HAS_SINK:
+        logit = sink_logit(sink + head * stride_sink, MASK_KIND)
+        largest = tl.maximum(largest, logit)
     largest = tl.where(largest == float("-inf"), 0.0, largest)
     if MASK_KIND == ADDITIVE_MASK:
         weights = tl.exp2((highest - largest) * LOG2E)
@@ -397,6 +422,8 @@ def combine_kernel(
         weights = tl.exp2(highest - largest)
     weights = tl.where(seen, weights, 0.0)
     total = tl.sum(weights * sums, 0)
+    if HAS_SINK:
+        total += sink_weight(logit, largest, MASK_KIND)
     values = tl.load(
         partial_out + slot[:, None] * DV + column[None, :], mask=seen[:, None] & (column < DV)[None, :], other=0.0
     )
@@ -643,6 +670,7 @@ def tiled_kernel(
     query_documents,
     key_documents,
     mask,
+    sink,
     out,
     empty_rows,
     stride_qb,
@@ -664,6 +692,7 @@ def tiled_kernel(
     stride_mask_h,
     stride_mask_m,
     stride_mask_n,
+    stride_sink,
     stride_ob,
     stride_oh,
     stride_om,
@@ -689,6 +718,7 @@ def tiled_kernel(
     EMPTY_ROW: tl.constexpr,
     PRECISION: tl.constexpr,
     ONE_LOOP: tl.constexpr,
+    HAS_SINK: tl.constexpr,
 ):
     """Attention of one query block of one head.  Grid: (query blocks * HEADS, B).
 
@@ -853,7 +883,14 @@ def tiled_kernel(
             EVERY_TILE if MASK_KIND > 0 else TILES_OUTSIDE if parts == 1 else NO_TILE if part == 1 else EVERY_TILE,
         )
 
-    # A row that saw a key has a sum of at least one.
+    if HAS_SINK:
+        logit = sink_logit(sink + head64 * stride_sink, MASK_KIND)
+        offset = tl.maximum(row_max, logit)
+        offset = tl.where(offset == float("-inf"), 0.0, offset)
+        correction = sink_weight(row_max, offset, MASK_KIND)
+        row_sum = row_sum * correction + sink_weight(logit, offset, MASK_KIND)
+        accumulator = accumulator * correction[:, None]
+    # A row that saw a key, or a sink, has a sum that is not zero.
     empty = row_sum == 0.0
     result = accumulator / tl.where(empty, 1.0, row_sum)[:, None]
     if EMPTY_ROW == EMPTY_NAN:

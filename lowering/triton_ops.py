@@ -1,6 +1,6 @@
 """The Triton kernels as functions and as ``torch.library.triton_op`` ops, with the calling convention of ``attend``.
 
-``split_kv`` and ``tiled`` launch at once; ``split_kv_v1`` and ``tiled_v2`` are ops that make_fx, AOTAutograd and
+``split_kv`` and ``tiled`` launch at once; ``split_kv_v2`` and ``tiled_v3`` are ops that make_fx, AOTAutograd and
 Inductor trace through, so that a compiled graph launches the kernels itself.  Both ways share the ``_run_*`` functions,
 which read sizes, strides and dtypes only: grids never depend on values, as CUDA graphs need.
 Forward only.  Importing this module works without Triton; ``available`` says what is missing.
@@ -126,6 +126,7 @@ def split_kv(
     softcap: float = 0.0,
     chunk: int = 0,
     empty_row: int = 0,
+    sink: torch.Tensor | None = None,
     config: SplitConfig | None = None,
 ) -> torch.Tensor:
     """``attend`` for few queries, without documents: the keys that ``bounds`` leave are split over many programs.
@@ -133,7 +134,8 @@ def split_kv(
     Takes any strides with the last one of query, key and value 1; float32, float16, bfloat16; head sizes up to 256.
     """
     launchers = (split_kernel, combine_kernel)
-    return _run_split_kv(launchers, query, key, value, bounds, key_mask, mask, scale, softcap, chunk, empty_row, config)
+    numbers = (scale, softcap, chunk, empty_row)
+    return _run_split_kv(launchers, query, key, value, bounds, key_mask, mask, *numbers, sink, config)
 
 
 def tiled(
@@ -149,6 +151,7 @@ def tiled(
     softcap: float = 0.0,
     chunk: int = 0,
     empty_row: int = 0,
+    sink: torch.Tensor | None = None,
     config: TileConfig | None = None,
 ) -> torch.Tensor:
     """``attend`` for any number of queries; strides, dtypes and head sizes as for :func:`split_kv`."""
@@ -166,12 +169,13 @@ def tiled(
         softcap,
         chunk,
         empty_row,
+        sink,
         config,
     )
 
 
-@triton_op("lz_compile::split_kv_v1", mutates_args={})
-def split_kv_v1(
+@triton_op("lz_compile::split_kv_v2", mutates_args={})
+def split_kv_v2(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -184,16 +188,17 @@ def split_kv_v1(
     softcap: float = 0.0,
     chunk: int = 0,
     empty_row: int = 0,
+    sink: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """:func:`split_kv` as an op, with the signature of ``attend``; refuses documents."""
     if query_documents is not None or key_documents is not None:
-        raise NotImplementedError("split_kv_v1 takes no documents")
+        raise NotImplementedError("split_kv_v2 takes no documents")
     launchers = (wrap_triton(split_kernel), wrap_triton(combine_kernel))
-    return _run_split_kv(launchers, query, key, value, bounds, key_mask, mask, scale, softcap, chunk, empty_row)
+    return _run_split_kv(launchers, query, key, value, bounds, key_mask, mask, scale, softcap, chunk, empty_row, sink)
 
 
-@triton_op("lz_compile::tiled_v2", mutates_args={})
-def tiled_v2(
+@triton_op("lz_compile::tiled_v3", mutates_args={})
+def tiled_v3(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -206,6 +211,7 @@ def tiled_v2(
     softcap: float = 0.0,
     chunk: int = 0,
     empty_row: int = 0,
+    sink: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """:func:`tiled` as an op, with the signature of ``attend``."""
     return _run_tiled(
@@ -222,6 +228,7 @@ def tiled_v2(
         softcap,
         chunk,
         empty_row,
+        sink,
     )
 
 
@@ -237,9 +244,11 @@ def _run_split_kv(
     softcap: float,
     chunk: int,
     empty_row: int,
+    sink: torch.Tensor | None,
     config: SplitConfig | None = None,
 ) -> torch.Tensor:
     query, scale = _with_positive_scale(query, scale)
+    empty_row = EMPTY_ROW["zero"] if sink is not None else empty_row
     batch, heads, queries, head_size = query.shape
     kv_heads, keys, value_size = int(value.shape[1]), value.shape[2], value.shape[3]
     group = int(heads) // kv_heads
@@ -303,6 +312,7 @@ def _run_split_kv(
         HEADS=heads,
         BLOCK_N=32,
         EMPTY_ROW=empty_row,
+        **_sink_arguments(sink, query),
         num_warps=4,
         **shared,
     )
@@ -323,9 +333,11 @@ def _run_tiled(
     softcap: float,
     chunk: int,
     empty_row: int,
+    sink: torch.Tensor | None,
     config: TileConfig | None = None,
 ) -> torch.Tensor:
     query, scale = _with_positive_scale(query, scale)
+    empty_row = EMPTY_ROW["zero"] if sink is not None else empty_row
     batch, heads, queries, head_size = query.shape
     kv_heads, keys, value_size = int(value.shape[1]), value.shape[2], value.shape[3]
     has_documents = query_documents is not None and key_documents is not None
@@ -381,6 +393,7 @@ def _run_tiled(
         HAS_KEY_MASK=key_mask is not None,
         HAS_DOCUMENTS=has_documents,
         ONE_LOOP=config.one_loop,
+        **_sink_arguments(sink, query),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **shared,
@@ -439,6 +452,12 @@ def _mask_layout(mask: torch.Tensor | None, query: torch.Tensor, keys: int) -> t
     batch, heads, queries, _ = query.shape
     expanded = mask.expand(batch, heads, queries, keys)
     return (1 if mask.dtype == torch.bool else 2), _optional_strides("mask", expanded, "bhmn")
+
+
+def _sink_arguments(sink: torch.Tensor | None, query: torch.Tensor) -> dict[str, Any]:
+    if sink is None:
+        return {"sink": query, "stride_sink": 0, "HAS_SINK": False}
+    return {"sink": sink, "stride_sink": sink.stride(0), "HAS_SINK": True}
 
 
 def _multiprocessors(device: torch.device) -> int:

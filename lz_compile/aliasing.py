@@ -20,10 +20,14 @@ class Aliases:
     """Storages and writes of one graph, by position in its node list.
 
     The graph may grow afterwards (nodes inserted between others keep the order of the old ones); positions of nodes
-    that did not exist at construction are unknown and raise KeyError.
+    that did not exist at construction are unknown and raise KeyError, until :meth:`renew`.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
+        self.renew(graph)
+
+    def renew(self, graph: fx.Graph) -> None:
+        """Looks at the graph again, after nodes came or went."""
         self._position: dict[fx.Node, int] = {}
         self._storage: dict[fx.Node, int] = {}
         self._writes: dict[int, list[int]] = defaultdict(list)

@@ -185,6 +185,7 @@ class Reference:
             a.softcap,
             a.mask.chunk.size if a.mask.chunk is not None else 0,
             _empty_row_code(a.mask.empty_row),
+            problem.inputs[self.specimen.sources.index(a.sink)].double() if a.sink is not None else None,
         )
         q, k, v = (tensor[rows].double() for tensor in (query[:, :, queries], key, value))
         both = attend(q, k, torch.cat([v, v.abs()], -1), *arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from lz_compile.mask import MaskForm
 
 @dataclass
 class Attention:
-    """``softmax(softcap(scale * query @ key^T) + mask) @ value`` over graph values.
+    """``softmax(softcap(scale * query @ key^T) + mask) @ value`` over graph values.  ``Dk`` and ``Dv`` may differ.
 
     ``query`` is ``[B, Hq, M, Dk]``, ``key`` ``[B, Hkv, N, Dk]``, ``value`` ``[B, Hkv, N, Dv]``; ``Hq`` is a multiple of
     ``Hkv`` and query head ``h`` uses key/value head ``h // (Hq / Hkv)``.  All have one floating dtype, and strides as
@@ -26,6 +27,9 @@ class Attention:
 
     ``stacked`` is None for 4-d values.  For batched products of 3-d values ``[B * H, M, D]`` it is ``H``, or 0 when the
     graph does not tell ``B`` from ``H``: then the whole first dimension counts as heads of one batch row.
+
+    ``sink`` is a floating ``[Hq]`` value, None when there is none: one more logit a head in the softmax's denominator,
+    with no value (the attention sinks of GPT-OSS).  A row without visible keys then gives zeros.
     """
 
     query: fx.Node
@@ -36,6 +40,7 @@ class Attention:
     mask_node: fx.Node | None = None
     softcap: float = 0.0
     stacked: int | None = None
+    sink: fx.Node | None = None
 
     def fake(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The fake query, key and value, 4-d."""
@@ -118,6 +123,16 @@ def microseconds(seconds: float) -> str:
 Verdict = str | None
 
 
+def _without_sinks(supports: Callable[[Region], Verdict]) -> Callable[[Region], Verdict]:
+    @functools.wraps(supports)
+    def guarded(region: Region) -> Verdict:
+        if region.attention is not None and region.attention.sink is not None:
+            return "has no attention sinks"
+        return supports(region)
+
+    return guarded
+
+
 @dataclass(frozen=True)
 class Work:
     """What a kernel has to do for a region, for the roofline estimate that stands in for a measurement.
@@ -143,6 +158,8 @@ class Kernel:
     replaces it.  ``backward`` says whether gradients flow through it.  ``cuda_graphs`` says what makes it safe to
     capture, empty when it is not.  ``work`` feeds the estimate of its time where nothing was measured; ``first_call``
     says for how many seconds the first call may compile (0 when it did already), which measuring has to afford.
+    ``sinks`` declares that it computes :attr:`Attention.sink`; to any other kernel such a region is refused here, so
+    that a kernel which never heard of sinks cannot drop one.
     """
 
     name: str
@@ -155,6 +172,11 @@ class Kernel:
     summary: str = ""
     work: Callable[[Region], Work] | None = None
     first_call: Callable[[Region], float] | None = None
+    sinks: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.sinks:
+            object.__setattr__(self, "supports", _without_sinks(self.supports))
 
     @property
     def provider(self) -> str:

@@ -49,6 +49,8 @@ def signature(specimen: Specimen) -> str:
     }
     if uses_tf32(a.query.meta["val"].dtype, specimen.device):
         facts["tf32"] = True  # other products, and another tolerance
+    if a.sink is not None:
+        facts["sink"] = True
     if a.mask_node is not None:
         facts["mask_tensor"] = _tensor_facts(a.mask_node)
     return json.dumps(facts, sort_keys=True, separators=(",", ":"))

@@ -71,7 +71,7 @@ class Specimen:
     """One attention region on its own.
 
     ``sources`` are the values of the original graph that enter it, in the order of the inputs of every module that
-    :meth:`build` and :meth:`as_it_stood` make: query, key, value, then what the mask reads.
+    :meth:`build` and :meth:`as_it_stood` make: query, key, value, then what the mask reads, then attention sinks.
     """
 
     region: Region
@@ -90,8 +90,8 @@ class Specimen:
         if attention is None:
             raise NoSpecimen(f"regions of kind {region.kind} are not run on their own")
         specimen = cls(region, copied)
-        mask = [attention.mask_node] if attention.mask_node is not None else []
-        for node in (attention.query, attention.key, attention.value, *nodes_of(attention.mask), *mask):
+        rest = [node for node in (attention.mask_node, attention.sink) if node is not None]
+        for node in (attention.query, attention.key, attention.value, *nodes_of(attention.mask), *rest):
             if node in specimen.layouts:
                 continue
             value = node.meta["val"]
@@ -138,6 +138,7 @@ class Specimen:
             value=mapping[self.attention.value],
             mask=moved(self.attention.mask, mapping),
             mask_node=mapping[self.attention.mask_node] if self.attention.mask_node is not None else None,
+            sink=mapping[self.attention.sink] if self.attention.sink is not None else None,
         )
         anchor = graph.call_function(nothing, (mapping[self.attention.query],))
         with inputs[0].meta["val"].fake_mode:
@@ -270,6 +271,8 @@ class _Inputs:
         self._tensor(a.query, self._normal(a.query) * self._unit_scores(a))
         for node in (a.key, a.value):
             self._tensor(node, self._normal(node))
+        if a.sink is not None:
+            self._tensor(a.sink, self._normal(a.sink))
         self._mask(a.mask)
         unproved = [(a.mask.dense, a.mask.dense_hides), (a.mask.bias, False)]
         drawn = [(node, hides) for node, hides in unproved if node is not None and node not in self.values]

@@ -3,9 +3,10 @@
 Enters: a normalised graph.  Leaves: one :class:`~lz_compile.region.Region` a site, in graph order; a site that may not
 be replaced carries the reason in ``declined``.
 
-An eager site is anchored at its softmax.  Backwards it reads: casts, at most one mask (added, filled or selected),
-an optional logit softcap, scales, and a product of queries and transposed keys; forwards: casts, an inactive dropout,
-and a product with the values.  Nothing in between may be used by anyone else.
+An eager site is anchored at its softmax.  Backwards it reads: the largest score subtracted, a column of attention sinks
+(``sinks``), casts, at most one mask (added, filled or selected; ``scores`` has made one of several), an optional logit
+softcap, scales, and a product of queries and transposed keys; forwards: the sinks' column dropped, casts, an inactive
+dropout, and a product with the values.  Nothing in between may be used by anyone else.
 """
 
 from __future__ import annotations
@@ -24,11 +25,15 @@ from lz_compile.patterns.cache import find_cache_write
 from lz_compile.patterns.empty_rows import EmptyRowsOfSdpa
 from lz_compile.patterns.heads import ungroup
 from lz_compile.patterns.masks import MaskProver
+from lz_compile.patterns.scores import ScoreWriter
+from lz_compile.patterns.sinks import drops_last_column, sink_column, without_shift
+from lz_compile.patterns.steps import FILLS, PRODUCTS, SCALES, WHERE, leads_to_product, scale_factor, softcap_of
 from lz_compile.patterns.walk import (
     CASTS,
     COPIES,
     FUNCTIONAL,
     agree,
+    RESHAPES,
     arguments,
     aten,
     fake,
@@ -40,7 +45,6 @@ from lz_compile.patterns.walk import (
 from lz_compile.region import Attention, Region
 
 _SOFTMAX = {aten.softmax.int, aten._softmax.default, aten.special_softmax.default}
-_PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default}
 
 
 class Declined(Exception):
@@ -48,7 +52,11 @@ class Declined(Exception):
 
 
 def find_attention(graph: fx.Graph, aliases: Aliases, module_of: Any) -> list[Region]:
-    """All attention sites of a graph.  ``module_of(node)`` gives the module path of a node."""
+    """All attention sites of a graph.  ``module_of(node)`` gives the module path of a node.
+
+    Scores that are spelled out may be brought into one shape first, which changes the graph and renews ``aliases``.
+    """
+    _unify_scores(graph, aliases)
     prover = MaskProver(graph, aliases)
     empty_rows = EmptyRowsOfSdpa()
     regions: list[Region] = []
@@ -77,16 +85,31 @@ def find_attention(graph: fx.Graph, aliases: Aliases, module_of: Any) -> list[Re
     return regions
 
 
+def _unify_scores(graph: fx.Graph, aliases: Aliases) -> None:
+    writer = ScoreWriter(graph, aliases)
+    if writer.spell_shapes():
+        aliases.renew(graph)
+    outlines = [_outline_eager(node, aliases) for node in graph.nodes if target(node) in _SOFTMAX]
+    written = [writer.unify(site.scores) for site in outlines if site is not None and site.scores is not None]
+    if any(node is not None for node in written):
+        aliases.renew(graph)
+
+
 @dataclass
 class _Site:
     """What is known of a site while it is read: its output, the nodes that belong to it alone, for each outside value
-    the node that consumes it first, and the copies of outside values that the kernel will do without."""
+    the node that consumes it first, and the copies of outside values that the kernel will do without.
+
+    ``scores`` are those of an eager site before sinks join them, ``sink`` the sinks' logits.
+    """
 
     pattern: str
     output: fx.Node
     aliases: Aliases
     softmax: fx.Node | None = None
     product: fx.Node | None = None
+    scores: fx.Node | None = None
+    sink: fx.Node | None = None
     nodes: list[fx.Node] = field(default_factory=list)
     readers: dict[fx.Node, fx.Node] = field(default_factory=dict)
     skipped: list[fx.Node] = field(default_factory=list)
@@ -111,7 +134,7 @@ def _read_sdpa(site: _Site, prover: MaskProver, empty_rows: EmptyRowsOfSdpa) -> 
     query, key, value, mask = known["query"], known["key"], known["value"], known["attn_mask"]
     if known["dropout_p"]:
         raise Declined("dropout is active")
-    q, k, _ = _tensors(query, key, value)
+    q, k, v = _tensors(query, key, value)
     if q.dim() == 3:
         site.stacked = 0
     scale = known.get("scale")
@@ -122,7 +145,8 @@ def _read_sdpa(site: _Site, prover: MaskProver, empty_rows: EmptyRowsOfSdpa) -> 
         raise Declined("the scale is known only at run time")
     if not known.get("enable_gqa"):
         key, value = _ungroup_both(site, key, value)
-        if not same(q.shape[-3], k.shape[-3]):
+        one_head = q.dim() == 4 and same(k.shape[1], 1) and same(v.shape[1], 1)  # SDPA broadcasts it
+        if not one_head and not same(q.shape[-3], k.shape[-3]):
             raise Declined("heads of query and key differ")
     form, mask_node = MaskForm(), None
     if mask is not None:
@@ -188,59 +212,51 @@ def _scores_shape(site: _Site, query: fx.Node, key: fx.Node) -> tuple[Any, ...]:
 
 def _outline_eager(softmax: fx.Node, aliases: Aliases) -> _Site | None:
     """A softmax between two products, or None when this softmax is not an attention's."""
-    product = _back_to_product(softmax)
-    output = _forward_to_product(softmax)
+    scores, inside = without_shift(softmax.args[0])
+    found = sink_column(scores)
+    if found is not None:
+        inside.append(scores)
+        scores = found[0]
+    product = _back_to_product(scores)
+    output = _forward_to_product(softmax, found is not None)
     if product is None or output is None:
         return None
-    return _Site("eager", output, aliases, softmax, product)
+    site = _Site("eager", output, aliases, softmax, product, scores, nodes=inside)
+    if found is not None:
+        site.sink, column = found[1:]
+        site.reads(site.sink, column, inside[-1])
+    return site
 
 
 def _back_to_product(node: fx.Node, depth: int = 12) -> fx.Node | None:
-    """The product of queries and keys behind a softmax, through elementwise calls."""
-    current: Any = node.args[0]
+    """The product of queries and keys behind scores, through elementwise calls."""
+    current: Any = node
     for _ in range(depth):
-        if target(current) in _PRODUCTS:
+        if target(current) in PRODUCTS:
             return current
         if not isinstance(current, fx.Node) or current.op != "call_function":
             return None
         tensors = [a for a in current.args if isinstance(a, fx.Node) and fake(a) is not None]
-        follow = [a for a in tensors if _leads_to_product(a)]
+        follow = [a for a in tensors if leads_to_product(a)]
         if len(follow) != 1:
             return None
         current = follow[0]
     return None
 
 
-def _leads_to_product(node: Any, depth: int = 12) -> bool:
-    for _ in range(depth):
-        kind = target(node)
-        if kind in _PRODUCTS:
-            return True
-        if kind in CASTS | COPIES | _VIEW_LIKE or kind in _SCALES | _FILLS or kind in (aten.tanh.default,):
-            node = node.args[0] if kind not in _WHERE else node.args[1]
-        elif kind is aten.add.Tensor:
-            return any(_leads_to_product(a, depth - 1) for a in node.args[:2])
-        else:
-            return False
-    return False
-
-
 _SWAPS = {aten.mT.default, aten.adjoint.default}
-_VIEW_LIKE = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
-_SCALES = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}
-_WHERE = {aten.where.self, aten.where.ScalarOther}
-_FILLS = {aten.masked_fill.Scalar, aten.masked_fill.Tensor} | _WHERE
 
 
-def _forward_to_product(softmax: fx.Node, depth: int = 8) -> fx.Node | None:
+def _forward_to_product(softmax: fx.Node, has_sink: bool, depth: int = 8) -> fx.Node | None:
     """The product with the values that follows a softmax, through casts and dropout."""
     current = softmax
     for _ in range(depth):
         users = list(current.users)
-        products = [user for user in users if target(user) in _PRODUCTS]
+        products = [user for user in users if target(user) in PRODUCTS]
         if products:
             return products[0]
-        steps = [user for user in users if target(user) in CASTS | COPIES | _VIEW_LIKE | {aten.dropout.default}]
+        passed = CASTS | COPIES | RESHAPES | {aten.dropout.default}
+        steps = [user for user in users if target(user) in passed or (has_sink and drops_last_column(user))]
         if len(steps) != 1:
             return None
         current = steps[0]
@@ -257,7 +273,8 @@ def _read_eager(site: _Site, prover: MaskProver, empty_rows: EmptyRowsOfSdpa) ->
     if softmax["dim"] not in (-1, scores_value.dim() - 1):
         raise Declined("the softmax does not run over the keys")
     site.nodes.append(site.softmax)
-    steps = _read_scores(site, softmax["self"])
+    assert site.scores is not None
+    steps = _read_scores(site, site.scores)
     query, key = steps.query, steps.key
     q, k, v = _tensors(query, key, value)
     if q.dim() == 3 and site.stacked is None:
@@ -269,7 +286,18 @@ def _read_eager(site: _Site, prover: MaskProver, empty_rows: EmptyRowsOfSdpa) ->
     assert site.product is not None
     key, value = _ungroup_both(site, key, value, steps.transposed)
     form = _mask_of(site, steps, prover, _scores_shape(site, query, key))
-    return Attention(query, key, value, steps.scale, form, steps.mask_node, steps.softcap, site.stacked)
+    if site.sink is not None:
+        _require_sinks(site)
+        form = replace(form, empty_row="zero")
+    return Attention(query, key, value, steps.scale, form, steps.mask_node, steps.softcap, site.stacked, site.sink)
+
+
+def _require_sinks(site: _Site) -> None:
+    assert site.sink is not None
+    if site.stacked is not None:
+        raise Declined("attention sinks of stacked heads")
+    if needs_gradient(site.sink):
+        raise Declined("needs gradient (of the sinks)")
 
 
 def _read_weights(site: _Site) -> None:
@@ -278,20 +306,25 @@ def _read_weights(site: _Site) -> None:
     if target(site.output) is aten.einsum.default:
         node = site.output.args[1][0]  # type: ignore[index, assignment]
     site.nodes.append(site.output)
+    dropped = False
     while node is not site.softmax:
         kind = target(node)
         if kind is aten.dropout.default:
             known = arguments(node)
             if known["train"] and known["p"]:
                 raise Declined("dropout is active")
-        elif kind in _VIEW_LIKE:
+        elif kind in RESHAPES:
             _require_stacking(site, node.args[0], node)  # type: ignore[arg-type]
         elif kind in CASTS | COPIES:
             _require_floating(node)
+        elif site.sink is not None and not dropped and drops_last_column(node):
+            dropped = True
         else:
             raise Declined(f"after the softmax comes {node.target}")
         site.nodes.append(node)
         node = node.args[0]  # type: ignore[assignment]
+    if site.sink is not None and not dropped:
+        raise Declined("the sinks' column meets the values")
 
 
 def _value_of(output: fx.Node, nodes: list[fx.Node]) -> fx.Node:
@@ -325,7 +358,7 @@ class _Scores:
 
 def _read_scores(site: _Site, node: fx.Node) -> _Scores:
     found = _Scores(node, node)
-    while target(node) not in _PRODUCTS:
+    while target(node) not in PRODUCTS:
         kind = target(node)
         site.nodes.append(node)
         _require_own_memory(node)
@@ -333,10 +366,10 @@ def _read_scores(site: _Site, node: fx.Node) -> _Scores:
             _require_floating(node)
             node = node.args[0]  # type: ignore[assignment]
             continue
-        if kind in _VIEW_LIKE:
+        if kind in RESHAPES:
             _require_stacking(site, node, node.args[0])  # type: ignore[arg-type]
             node = node.args[0]  # type: ignore[assignment]
-        elif kind in (aten.add.Tensor, aten.sub.Tensor) or kind in _FILLS:
+        elif kind in (aten.add.Tensor, aten.sub.Tensor) or kind in FILLS:
             if _is_stacked(node) and fake(site.softmax).dim() == 4:  # type: ignore[union-attr]
                 raise Declined("the mask is applied to stacked heads")
             if found.scaled or found.softcap:
@@ -344,14 +377,15 @@ def _read_scores(site: _Site, node: fx.Node) -> _Scores:
             if found.mask is not None:
                 raise Declined("more than one mask")
             node = _read_mask_step(site, found, node, kind)
-        elif kind in _SCALES:
-            cap = _read_softcap(site, node, kind)
+        elif kind in SCALES:
+            cap = softcap_of(node, site.aliases)
             if cap is not None and not found.scaled and not found.softcap:
-                found.softcap, node = cap
+                found.softcap, node = cap.cap, cap.scores
+                site.nodes += cap.inside
                 continue
-            found.scale *= _factor(site, node, kind)
+            factor, node = _factor(site, node)
+            found.scale *= factor
             found.scaled = True
-            node = node.args[0] if site.number(node.args[0]) is None else node.args[1]  # type: ignore[assignment]
         else:
             raise Declined(f"before the softmax comes {node.target if isinstance(node, fx.Node) else node}")
     site.nodes.append(node)
@@ -367,7 +401,7 @@ def _require_floating(node: fx.Node) -> None:
 
 def _require_own_memory(node: fx.Node) -> None:
     """An in-place step must write to the scores, not add the scores to a tensor of someone else's."""
-    if isinstance(node, fx.Node) and node.target in FUNCTIONAL and not _leads_to_product(node.args[0]):
+    if isinstance(node, fx.Node) and node.target in FUNCTIONAL and not leads_to_product(node.args[0]):
         raise Declined("the scores are written into another tensor")
 
 
@@ -379,6 +413,10 @@ def _is_stacked(node: fx.Node) -> bool:
 def _require_stacking(site: _Site, wide: fx.Node, stacked: fx.Node) -> None:
     """A view between scores ``[B, H, M, N]`` and ``[B * H, M, N]``; notes H."""
     four, three = fake(wide), fake(stacked)
+    if four is not None and three is not None and same_shape(four.shape, three.shape):
+        return
+    if four is not None and three is not None and four.dim() < three.dim():
+        four, three = three, four
     fits = four is not None and three is not None and four.dim() == 4 and three.dim() == 3
     if not fits or not same_shape(four.shape[2:], three.shape[1:]) or not isinstance(four.shape[1], int):  # type: ignore[union-attr]
         raise Declined("the scores are reshaped")
@@ -387,31 +425,11 @@ def _require_stacking(site: _Site, wide: fx.Node, stacked: fx.Node) -> None:
     site.stacked = four.shape[1]  # type: ignore[union-attr]
 
 
-def _factor(site: _Site, node: fx.Node, kind: Any) -> float:
-    divides = kind in (aten.div.Tensor, aten.div.Scalar)
-    other = site.number(node.args[1])
-    if other is None and not divides:
-        other = site.number(node.args[0])
-    if other is None:
-        raise Declined("the scale is known only at run time")
-    if divides and not other:
-        raise Declined("the scores are divided by zero")
-    return 1.0 / other if divides else other
-
-
-def _read_softcap(site: _Site, node: fx.Node, kind: Any) -> tuple[float, fx.Node] | None:
-    """``tanh(x / cap) * cap`` -> (cap, x)."""
-    inner = node.args[0]
-    if kind not in (aten.mul.Tensor, aten.mul.Scalar) or target(inner) is not aten.tanh.default:
-        return None
-    divided = inner.args[0]  # type: ignore[union-attr]
-    cap = site.number(node.args[1])
-    if cap is None or target(divided) not in _SCALES:
-        return None
-    if not math.isclose(_factor(site, divided, target(divided)) * cap, 1.0, rel_tol=1e-6):
-        return None
-    site.nodes += [inner, divided]  # type: ignore[list-item]
-    return cap, divided.args[0]  # type: ignore[union-attr]
+def _factor(site: _Site, node: fx.Node) -> tuple[float, fx.Node]:
+    found = scale_factor(node, site.aliases)
+    if found is None:
+        raise Declined("the scale is known only at run time, or zero")
+    return found
 
 
 def _read_mask_step(site: _Site, found: _Scores, node: fx.Node, kind: Any) -> fx.Node:
@@ -421,7 +439,7 @@ def _read_mask_step(site: _Site, found: _Scores, node: fx.Node, kind: Any) -> fx
         left, right = node.args[:2]
         if arguments(node)["alpha"] != 1 or not (isinstance(left, fx.Node) and isinstance(right, fx.Node)):
             raise Declined("a number is added to the scores")
-        if _leads_to_product(right) and not _leads_to_product(left):
+        if leads_to_product(right) and not leads_to_product(left):
             left, right = right, left
         found.mask, found.how = right, "add"
         return left
@@ -429,7 +447,7 @@ def _read_mask_step(site: _Site, found: _Scores, node: fx.Node, kind: Any) -> fx
         fill = site.number(node.args[2])
         found.mask, found.how = node.args[1], "hide"  # type: ignore[assignment]
         inner = node.args[0]
-    elif kind in _WHERE:
+    elif kind in WHERE:
         fill = site.number(node.args[2])
         found.mask, found.how = node.args[0], "keep"  # type: ignore[assignment]
         inner = node.args[1]
@@ -507,15 +525,15 @@ def _read_product(site: _Site, found: _Scores, node: fx.Node) -> None:
                 raise Declined("the mask is applied to stacked heads")
             found.mask, found.how, found.at = known["self"], "add", node
     steps: list[fx.Node] = []
-    key = _untransposed(transposed, steps)
+    key = _untransposed(site, found, transposed, steps)
     if key is None:
         raise Declined("the keys are not transposed by a view of two dimensions")
     found.query, found.key, found.transposed = query, key, steps[::-1]  # type: ignore[assignment]
 
 
-def _untransposed(node: Any, steps: list[fx.Node]) -> fx.Node | None:
-    """``x`` behind ``x.transpose(-1, -2)``, ``x.permute(..., -1, -2)`` or ``x.mT``; ``steps`` gets what lies between,
-    last to first."""
+def _untransposed(site: _Site, found: _Scores, node: Any, steps: list[fx.Node]) -> fx.Node | None:
+    """``x`` behind ``x.transpose(-1, -2)``, ``x.permute(..., -1, -2)`` or ``x.mT``, which may be scaled afterwards;
+    ``steps`` gets what lies between, last to first."""
     value = fake(node)
     if value is None:
         return None
@@ -523,7 +541,11 @@ def _untransposed(node: Any, steps: list[fx.Node]) -> fx.Node | None:
     kind = target(node)
     steps.append(node)
     if kind in COPIES:
-        return _untransposed(node.args[0], steps)
+        return _untransposed(site, found, node.args[0], steps)
+    if kind in SCALES and node.target not in FUNCTIONAL:
+        factor, keys = _factor(site, node)
+        found.scale *= factor
+        return _untransposed(site, found, keys, steps)
     if kind is aten.transpose.int and {node.args[1] % rank, node.args[2] % rank} == {rank - 1, rank - 2}:
         return node.args[0]
     if kind is aten.permute.default:

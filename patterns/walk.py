@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +31,16 @@ CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.defa
 # What torch.tensor(number) becomes behind its constant.
 _CONSTANT_COPIES = {aten.lift_fresh_copy.default, aten.detach_.default}
 COPIES = {aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default}
+
+RESHAPES = {
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+}
+
+_ROOTS: dict[Any, Callable[[float], float]] = {aten.sqrt.default: math.sqrt, aten.rsqrt.default: lambda x: x**-0.5}
 
 
 def target(node: Any) -> Any:
@@ -92,6 +103,12 @@ def scalar(value: Any, aliases: Aliases) -> float | None:
     elif target(value) in (aten.full.default, aten.scalar_tensor.default):
         known = arguments(value)
         number = scalar(known.get("fill_value", known.get("s")), aliases)
+    elif target(value) in _ROOTS:
+        under = scalar(value.args[0], aliases)
+        number = _ROOTS[target(value)](under) if under is not None and under > 0 else None
+    elif target(value) is aten.mul.Tensor:
+        factors = [scalar(factor, aliases) for factor in value.args[:2]]
+        number = math.prod(factors) if None not in factors else None  # type: ignore[arg-type]
     elif value.target is torch.tensor:  # kept as a call of its own by torch 2.11
         number = scalar(value.args[0], aliases) if isinstance(value.args[0], (bool, int, float)) else None
     else:

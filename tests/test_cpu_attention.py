@@ -34,11 +34,12 @@ class Call:
     scale: float
     chunk: int
     empty_row: int
+    sink: torch.Tensor | None = None
 
     def check(self) -> None:
         """Calls the kernel and the oracle."""
         shared = (self.bounds, self.key_mask, self.query_documents, self.key_documents)
-        rest = (self.scale, 0.0, self.chunk, self.empty_row)
+        rest = (self.scale, 0.0, self.chunk, self.empty_row, self.sink)
         got = attend_cpu(self.query, self.key, self.value, *shared, self.mask, *rest)
         exact = [x.double() for x in (self.query, self.key, self.value)]
         expected = attend(*exact, *shared, self.mask, *rest)
@@ -130,6 +131,7 @@ def calls(draw: st.DrawFn) -> Call:
         draw(st.sampled_from([0.25, 1.0, -0.5, 0.0])),
         chunk,
         draw(st.integers(0, 4)),
+        2 * torch.randn(heads, generator=generator).to(dtype) if draw(st.integers(0, 3)) == 0 else None,
     )
 
 

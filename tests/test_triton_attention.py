@@ -250,6 +250,45 @@ def test_softcap_bounds_the_scores(kernel: Kernel, case: str) -> None:
     assert_is_attend(kernel, arguments)
 
 
+def sinks(heads: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Logits from far below the scores to far above them."""
+    return torch.linspace(-30, 9, heads, device=DEVICE).to(dtype)
+
+
+@pytest.mark.parametrize("kernel", [split_kv, tiled])
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("case", ["no mask", "window", "additive mask"])
+def test_an_attention_sink_joins_the_sum_of_exponentials(kernel: Kernel, case: str, softcap: float) -> None:
+    arguments = {**qkv(keys=40, key_size=16, value_size=16), **CASES[case](2, 4, 5, 40)}
+    arguments |= {"sink": sinks(4), "softcap": softcap}
+    assert_is_attend(kernel, arguments)
+    without = kernel(**{**arguments, "sink": None})
+    assert (kernel(**arguments) - without).abs().max() > 0.1
+    far_below = {**arguments, "sink": torch.full((4,), -1e4, device=DEVICE)}
+    torch.testing.assert_close(kernel(**far_below), without)
+
+
+@pytest.mark.parametrize("kernel", [split_kv, tiled])
+@pytest.mark.parametrize("empty_row", [0, 1])
+@pytest.mark.parametrize("mask", ["none", "additive"])
+def test_a_row_that_sees_its_sink_alone_gives_zeros(kernel: Kernel, empty_row: int, mask: str) -> None:
+    arguments = {**qkv(keys=40), "empty_row": empty_row, "sink": sinks(4)}
+    visible = random_mask(2, 4, 5, 40)
+    visible[0, :, 2] = False
+    if mask == "none":
+        arguments["bounds"] = bounds_of(2, 40, upper=[-3, 60], start=[0, 37])
+    else:
+        arguments["mask"] = visible if mask == "boolean" else additive(visible)
+    assert_is_attend(kernel, arguments)
+    assert not kernel(**arguments)[0, :, 0 if mask == "none" else 2].any()
+
+
+@pytest.mark.parametrize("kernel", [split_kv, tiled])
+def test_sinks_may_be_strided_and_of_another_dtype(kernel: Kernel) -> None:
+    strided = sinks(8, HALF)[::2]
+    assert_is_attend(kernel, {**qkv(keys=40, key_size=24, value_size=16), "sink": strided})
+
+
 @pytest.mark.parametrize("kernel", [split_kv, tiled])
 @pytest.mark.parametrize("scale", [-0.7, 0.0, 3.0])
 def test_any_scale_is_taken(kernel: Kernel, scale: float) -> None:
@@ -396,7 +435,7 @@ def test_the_fake_op_has_the_strides_of_the_kernel() -> None:
         pytest.skip("wrap_triton refuses kernels of the interpreter")
     with FakeTensorMode() as mode:
         arguments = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in qkv().items()}
-        for op in (triton_ops.split_kv_v1, triton_ops.tiled_v2):
+        for op in (triton_ops.split_kv_v2, triton_ops.tiled_v3):
             assert op(**arguments).stride() == attend_output(arguments["query"], arguments["value"]).stride()
 
 
@@ -465,10 +504,10 @@ class TestOnGpu:
 
     def test_empty_rows_may_appear_in_the_replay_of_a_captured_graph(self) -> None:
         arguments = {**self.sizes(300), "bounds": bounds_of(2, 1000, upper=700), "empty_row": 4}
-        triton_ops.tiled_v2(**arguments)
+        triton_ops.tiled_v3(**arguments)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = triton_ops.tiled_v2(**arguments)
+            captured = triton_ops.tiled_v3(**arguments)
         for upper in ([-100, 20], [-400, -299], [0, 0]):
             arguments["bounds"].copy_(bounds_of(2, 1000, upper=upper))
             graph.replay()
@@ -478,7 +517,7 @@ class TestOnGpu:
     def test_torch_compile_fills_empty_rows_in_place(self, dynamic: bool) -> None:
         """The result, the marks of empty rows, and no copy of either."""
         compiled = torch.compile(
-            lambda kwargs: triton_ops.tiled_v2(**kwargs, empty_row=4), fullgraph=True, dynamic=dynamic
+            lambda kwargs: triton_ops.tiled_v3(**kwargs, empty_row=4), fullgraph=True, dynamic=dynamic
         )
         arguments = {**self.sizes(300), "bounds": bounds_of(2, 1000, upper=[-100, 20])}
         assert_is_attend(lambda empty_row, **kwargs: compiled(kwargs), {**arguments, "empty_row": 4})
@@ -489,7 +528,17 @@ class TestOnGpu:
         torch.cuda.synchronize()
         assert torch.cuda.max_memory_allocated() - before < 1.5 * out.numel() * out.element_size()
 
-    @pytest.mark.parametrize("queries, op", [(1, triton_ops.split_kv_v1), (300, triton_ops.tiled_v2)])
+    @pytest.mark.parametrize("queries, op", [(1, triton_ops.split_kv_v2), (300, triton_ops.tiled_v3)])
+    @pytest.mark.parametrize("case", ["no mask", "causal with an offset a row", "window", "additive mask"])
+    @pytest.mark.parametrize("sizes", [(64, 64), (192, 128)])
+    def test_sinks_and_unequal_head_sizes(self, queries: int, op: Kernel, case: str, sizes: tuple[int, int]) -> None:
+        arguments = {**qkv(2, 8, 2, queries, 1000, *sizes, torch.bfloat16), **CASES[case](2, 8, queries, 1000)}
+        assert_is_attend(op, arguments)
+        assert_is_attend(op, {**arguments, "sink": sinks(8, torch.bfloat16)})
+        compiled = torch.compile(lambda kwargs: op(**kwargs), fullgraph=True, dynamic=False)
+        assert_is_attend(lambda **kwargs: compiled(kwargs), {**arguments, "sink": sinks(8, torch.bfloat16)})
+
+    @pytest.mark.parametrize("queries, op", [(1, triton_ops.split_kv_v2), (300, triton_ops.tiled_v3)])
     def test_a_captured_graph_follows_bounds_that_change(self, queries: int, op: Kernel) -> None:
         arguments = {**self.sizes(queries), "bounds": bounds_of(2, 1000, upper=200, stop=[100, 400])}
         op(**arguments)
@@ -500,7 +549,7 @@ class TestOnGpu:
         graph.replay()
         assert_is_attend(lambda **_: captured, arguments)
 
-    @pytest.mark.parametrize("queries, op", [(1, triton_ops.split_kv_v1), (300, triton_ops.tiled_v2)])
+    @pytest.mark.parametrize("queries, op", [(1, triton_ops.split_kv_v2), (300, triton_ops.tiled_v3)])
     @pytest.mark.parametrize("dynamic", [False, True])
     @pytest.mark.parametrize("case", ["causal with an offset a row", "boolean mask", "additive mask"])
     def test_torch_compile_launches_the_kernels_itself(
