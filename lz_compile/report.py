@@ -77,7 +77,8 @@ class Candidate:
 class RegionReport:
     """One recognised site.
 
-    ``kernel`` is ``"inductor"`` when the site was left alone; ``candidates`` are the kernels that competed, fastest
+    ``kernel`` is ``"inductor"`` when the site was left alone, ``declined`` when it may not be replaced by any kernel
+    (``reason`` says why); ``candidates`` are the kernels that competed, fastest
     first, ``rejected`` maps the others to why not; ``rules`` are the policy rules that decided something.
     """
 
@@ -93,6 +94,7 @@ class RegionReport:
     unproved: str = ""
     candidates: list[Candidate] = field(default_factory=list)
     rules: list[str] = field(default_factory=list)
+    declined: bool = False
 
     @classmethod
     def describe(cls, choice: Choice) -> RegionReport:
@@ -115,6 +117,7 @@ class RegionReport:
             unproved=attention.mask.unproved if attention is not None else "",
             candidates=[Candidate.of(name, figure) for name, figure in choice.figures.items()],
             rules=list(choice.rules),
+            declined=bool(region.declined),
         )
 
 
