@@ -9,6 +9,7 @@ take so much memory and so much time, and nothing that happens to it is more tha
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -16,15 +17,44 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 from lz_compile.coverage_child import CallRow, Miss, Row, examine
-from lz_compile.tiny_models import Architecture
+from lz_compile.tiny_models import Architecture, architectures
 
-# What a test replaces to see what happens to a process that misbehaves.
+# What runs in the child; :func:`examine` but in tests of what happens to a child that misbehaves.
 Examine = Callable[[Architecture, str, bool], Row]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How every architecture is examined: see :func:`lz_compile.coverage_child.examine`."""
+
+    attention: str = "sdpa"
+    with_inductor: bool = True
+    examine: Examine = examine
+
+    def made(self, row: Row) -> bool:
+        """Whether a row was made this way, by these versions."""
+        return (row.asked, row.with_inductor, row.versions) == (self.attention, self.with_inductor, versions())
+
+    def sign(self, row: Row) -> Row:
+        row.asked, row.with_inductor, row.versions = self.attention, self.with_inductor, versions()
+        return row
+
+
+def versions() -> str:
+    """``lz-compile 0.1.0, torch 2.13.0, transformers 5.24.0``."""
+    import torch
+    import transformers
+
+    import lz_compile
+
+    torch_version = torch.__version__.partition("+")[0]
+    return f"lz-compile {lz_compile.__version__}, torch {torch_version}, transformers {transformers.__version__}"
 
 
 @dataclass(frozen=True)
@@ -46,21 +76,19 @@ class _Running:
 
 def cover(
     wanted: Sequence[Architecture],
-    attention: str,
-    with_inductor: bool,
+    plan: Plan,
     limits: Limits,
     file: Path,
     on_row: Callable[[Row], None] = lambda row: None,
-    examine: Examine = examine,
 ) -> list[Row]:
-    """A row for each architecture, in order; those that ``file`` holds are taken from there.
+    """A row for each architecture, in order; those of the same plan that ``file`` holds are taken from there.
 
-    ``on_row`` is told of each new row.  ``examine`` runs in the child.
+    ``on_row`` is told of each new row.
 
     Raises:
         OSError: the file cannot be read or written.
     """
-    done = {row.model: row for row in read_rows(file)}
+    done = {row.model: row for row in read_rows(file) if plan.made(row)}
     queue = [a for a in wanted if a.model not in done]
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["transformers", "torch._dynamo", "torch._inductor.compile_fx", __name__])
@@ -69,13 +97,13 @@ def cover(
         with file.open("a", encoding="utf-8") as out:
             while queue or running:
                 while queue and len(running) < limits.jobs:
-                    running.append(_start(server, queue.pop(0), attention, with_inductor, limits, examine))
+                    running.append(_start(server, queue.pop(0), plan, limits))
                 wait([child.answer for child in running], timeout=1.0)
                 for child in list(running):
-                    row = _settled(child, limits, attention)
+                    row = _settled(child, limits)
                     if row is not None:
                         running.remove(child)
-                        done[row.model] = row
+                        done[row.model] = plan.sign(row)
                         out.write(json.dumps(asdict(row)) + "\n")
                         out.flush()
                         on_row(row)
@@ -83,6 +111,20 @@ def cover(
         for child in running:
             _end(child)
     return [done[a.model] for a in wanted if a.model in done]
+
+
+def select(names: Iterable[str]) -> list[Architecture]:
+    """The architectures of these model types (globs), all without any.
+
+    Raises:
+        KeyError: a name that fits none.
+    """
+    known = architectures()
+    globs = list(names)
+    for glob in globs:
+        if not any(fnmatchcase(a.name, glob) for a in known):
+            raise KeyError(glob)
+    return [a for a in known if not globs or any(fnmatchcase(a.name, glob) for glob in globs)]
 
 
 def read_rows(file: Path) -> list[Row]:
@@ -105,23 +147,21 @@ def row_of(facts: dict[str, Any]) -> Row:
 # -- children ----------------------------------------------------------------------------------------------------------
 
 
-def _start(server: Any, architecture: Architecture, attention: str, with_inductor: bool, limits: Limits, examine: Examine) -> _Running:
+def _start(server: Any, architecture: Architecture, plan: Plan, limits: Limits) -> _Running:
     ours, theirs = server.Pipe(duplex=False)
-    arguments = (theirs, architecture, attention, with_inductor, limits.gigabytes, examine)
-    process = server.Process(target=_child, args=arguments, daemon=False)
+    process = server.Process(target=_child, args=(theirs, architecture, plan, limits.gigabytes))
     process.start()
     theirs.close()
     return _Running(architecture, process, ours, time.monotonic())
 
 
-def _child(
-    answer: Connection, architecture: Architecture, attention: str, with_inductor: bool, gigabytes: float, examine: Examine
-) -> None:
+def _child(answer: Connection, architecture: Architecture, plan: Plan, gigabytes: float) -> None:
     import logging
     import resource
     import warnings
 
     import torch
+    import torch._inductor.config as inductor_config
 
     os.setpgid(0, 0)  # compilers that it starts end with it
     silence = os.open(os.devnull, os.O_RDWR)
@@ -131,9 +171,9 @@ def _child(
     logging.disable(logging.ERROR)
     resource.setrlimit(resource.RLIMIT_DATA, (int(gigabytes * 2**30),) * 2)
     torch.set_num_threads(1)
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    inductor_config.compile_threads = 1
     try:
-        row = examine(architecture, attention, with_inductor)
+        row = plan.examine(architecture, plan.attention, plan.with_inductor)
     except MemoryError:
         row = Row(architecture.name, architecture.model, problem=f"took more than {gigabytes:g} GB")
     except BaseException as error:
@@ -142,13 +182,14 @@ def _child(
     answer.send(asdict(row))
 
 
-def _settled(child: _Running, limits: Limits, attention: str) -> Row | None:
+def _settled(child: _Running, limits: Limits) -> Row | None:
     """The row of a child that answered, died or is over time; None while it works."""
     taken = time.monotonic() - child.started
-    row = Row(child.architecture.name, child.architecture.model, attention, seconds=taken)
+    row = Row(child.architecture.name, child.architecture.model, seconds=taken)
     try:
         if child.answer.poll():
             row = row_of(child.answer.recv())
+            child.process.join(10)
         elif taken > limits.seconds:
             row.problem = f"took more than {limits.seconds:g} s"
         else:
@@ -163,29 +204,9 @@ def _settled(child: _Running, limits: Limits, attention: str) -> Row | None:
 
 def _end(child: _Running) -> None:
     """Ends a child with everything that it started."""
-    import contextlib
-
-    with contextlib.suppress(ProcessLookupError, PermissionError):
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # it is no group yet, or gone
         os.killpg(child.process.pid, signal.SIGKILL)
     if child.process.is_alive():
         child.process.kill()
     child.process.join()
     child.answer.close()
-
-
-def select(names: Iterable[str]) -> list[Architecture]:
-    """The architectures of these model types (globs), all without any.
-
-    Raises:
-        KeyError: a name that fits none.
-    """
-    from fnmatch import fnmatchcase
-
-    from lz_compile.tiny_models import architectures
-
-    known = architectures()
-    globs = list(names)
-    for glob in globs:
-        if not any(fnmatchcase(a.name, glob) for a in known):
-            raise KeyError(glob)
-    return [a for a in known if not globs or any(fnmatchcase(a.name, glob) for glob in globs)]

@@ -87,11 +87,18 @@ class CallRow:
 
 @dataclass
 class Row:
-    """One architecture; ``problem`` says why there are no calls (no tiny model, out of memory, too slow, crashed)."""
+    """One architecture; ``problem`` says why there are no calls (no tiny model, out of memory, too slow, crashed).
+
+    ``attention`` is what the model ran with.  ``asked``, ``with_inductor`` and ``versions`` say how the row was made:
+    a row that was made otherwise is not taken from an earlier run.
+    """
 
     name: str
     model: str
     attention: str = ""
+    asked: str = ""
+    with_inductor: bool = False
+    versions: str = ""
     problem: str = ""
     seconds: float = 0.0
     calls: list[CallRow] = field(default_factory=list)
@@ -156,9 +163,9 @@ class _Cores(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name in ("scaled_dot_product_attention", "multi_head_attention_forward"):
-            self.cores.append(self._where())
-        elif name in ("softmax", "_softmax") and args and isinstance(args[0], torch.Tensor) and self._scores(args[0]):
+        softmax = name in ("softmax", "_softmax") and bool(args) and isinstance(args[0], torch.Tensor)
+        fused = name in ("scaled_dot_product_attention", "multi_head_attention_forward")
+        if fused or (softmax and self._scores(args[0])):
             self.cores.append(self._where())
         return func(*args, **(kwargs or {}))
 
@@ -178,7 +185,9 @@ class _Cores(TorchFunctionMode):
         def leave(module: torch.nn.Module, args: Any, result: Any) -> None:
             self.stack.pop()
 
-        handles = [hook for m in self.names for hook in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
+        handles = [
+            hook for m in self.names for hook in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))
+        ]
         try:
             with self:
                 yield
@@ -322,11 +331,21 @@ class _Examination:
                 watched.ran = ran
         except Exception as error:
             row.failed = _one_line(error)
+            if not self.with_inductor:
+                self._dynamo()
             return
         row.error = _median_error(got, exact, self.call.valid)
         assert row.eager_error is not None
         if not row.error <= 1.5 * row.eager_error + 1e-6:
             row.wrong = f"error {row.error:.3g}, eager's {row.eager_error:.3g}"
+
+    def _dynamo(self) -> None:
+        """Without Inductor: whether the failure is Dynamo's, and so Inductor's too."""
+        torch._dynamo.reset()
+        try:
+            self._run(torch.compile(self.model, backend="eager", dynamic=False), 0)
+        except Exception as error:
+            self.row.inductor_failed = _one_line(error)
 
     def _first_call(self, compiled: Any) -> tuple[float, list[torch.Tensor]]:
         torch.manual_seed(0)
@@ -347,7 +366,14 @@ class _Examination:
         row.masks = dict(Counter(_mask(r) for r in good))
         for kind, name in _REGIONS.items():
             row.regions[kind] = sum(graph.regions.get(name, 0) for graph in watched.ran)
-        row.fell_back = next((g.report.reason for g in watched.ran if "failed: " in g.report.reason or "did not take" in g.report.reason), "")
+        row.fell_back = next(
+            (
+                g.report.reason
+                for g in watched.ran
+                if "failed: " in g.report.reason or "did not take" in g.report.reason
+            ),
+            "",
+        )
         if not row.failed:
             self._list_misses(cores, good, [r for r in regions if r.declined], watched.ran)
 
@@ -359,9 +385,12 @@ class _Examination:
         for region in [*good, *declined]:
             if found := _nearest(region.module, missing):
                 missing.remove(found)
-        self.row.misses = [Miss(r.module, f"declined: {r.reason}") for r in declined]
+        self.row.misses = [Miss(r.module, f"declined: {r.reason}", r.stopped) for r in declined]
         near = [site for graph in ran for site in graph.near]
-        alone = {graph.left_alone or graph.report.reason for graph in ran if not graph.report.regions} - {"", "nothing to replace"}
+        alone = {graph.left_alone or graph.report.reason for graph in ran if not graph.report.regions} - {
+            "",
+            "nothing to replace",
+        }
         for module in missing:
             mine = [site for site in near if _related(site.module, module)]
             site = next((s for s in mine if s.dot_product), mine[0] if mine else None)

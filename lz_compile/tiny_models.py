@@ -39,9 +39,7 @@ _SIZES: dict[str, Any] = {
         ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads"),
         _HEADS,
     ),
-    **dict.fromkeys(
-        ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"), 2
-    ),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"), 2),
     **dict.fromkeys(("num_encoder_layers", "num_decoder_layers", "encoder_num_hidden_layers"), 2),
     **dict.fromkeys(
         ("intermediate_size", "ffn_hidden_size", "n_inner", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_dim"), 96
@@ -236,7 +234,13 @@ def _value(config: Any, name: str) -> Any:
 
 def _fit_heads(config: Any, settings: dict[str, Any], names: list[str]) -> None:
     """Groups of query heads stay groups, multi-query stays multi-query."""
-    for name in ("num_key_value_heads", "num_kv_heads", "multi_query_group_num", "n_head_kv", "swa_num_key_value_heads"):
+    for name in (
+        "num_key_value_heads",
+        "num_kv_heads",
+        "multi_query_group_num",
+        "n_head_kv",
+        "swa_num_key_value_heads",
+    ):
         value, heads = _value(config, name), _value(config, "num_attention_heads")
         if name in names and value is None:
             settings[name] = _HEADS
@@ -388,7 +392,9 @@ def _inputs(model: Any, seed: int) -> dict[str, Any]:
     names = inspect.signature(model.forward).parameters
     inputs: dict[str, Any] = {}
     wants_text = main == "input_ids" or (getattr(config, "text_config", None) is not None and "input_ids" in names)
-    if main == "pixel_values" or (not model.can_generate() and wants_text and _vision(config) and "pixel_values" in names):
+    if main == "pixel_values" or (
+        not model.can_generate() and wants_text and _vision(config) and "pixel_values" in names
+    ):
         inputs["pixel_values"] = _pixels(model, seed)
     if main == "pixel_values_videos":
         vision = _vision(config) or config
@@ -430,7 +436,9 @@ def _pixels(model: Any, seed: int) -> torch.Tensor:
 
 
 def _features(model: Any, seed: int) -> torch.Tensor:
-    config = getattr(model.config, "audio_config", None) or getattr(model.config, "encoder_config", None) or model.config
+    config = (
+        getattr(model.config, "audio_config", None) or getattr(model.config, "encoder_config", None) or model.config
+    )
     bins = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", None) or 80
     positions = getattr(config, "max_source_positions", None)
     if positions and model.config.model_type in ("whisper", "qwen2_audio", "voxtral"):

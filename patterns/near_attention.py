@@ -1,7 +1,7 @@
-"""Softmaxes that :mod:`lz_compile.patterns.attention` does not take for an attention site, and where its reading stopped.
+"""Softmaxes that :mod:`lz_compile.patterns.attention` takes for no attention site, and where its reading stopped.
 
-Enters: a normalised graph.  Leaves: one :class:`NearSite` for each such softmax, in graph order.  A report lists them, so
-that a missed site names the node that a pattern would have to learn.
+Enters: a normalised graph.  Leaves: one :class:`NearSite` for each such softmax, in graph order.  A report lists them,
+so that a missed site names the node that a pattern would have to learn.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from lz_compile.patterns.attention import (
     _leads_to_product,
     _outline_eager,
 )
-from lz_compile.patterns.walk import aten, fake, target
+from lz_compile.patterns.walk import aten, target
+from lz_compile.region import describe_node
 
 # Where the search for a product ends: beyond them lies another layer.
 _WALLS = {aten.linear.default, aten.addmm.default, aten.convolution.default, aten.embedding.default} | _SOFTMAX
@@ -63,17 +64,17 @@ def _near(softmax: fx.Node, module: str) -> NearSite:
     if _back_to_product(softmax) is None:
         stop = _last_that(lambda node: not _leads_to_product(node), before)
         if stop is None:
-            return NearSite(module, softmax.name, _text(softmax), "several operands lead to a product", True)
-        return NearSite(module, softmax.name, _text(stop), f"before the softmax comes {stop.target}", True)
+            return NearSite(module, softmax.name, describe_node(softmax), "several operands lead to a product", True)
+        return NearSite(module, softmax.name, describe_node(stop), f"before the softmax comes {stop.target}", True)
     stop = behind[0]
     for previous, node in zip([softmax, *behind], behind):
         if _forward_to_product(previous) is None:
             stop = node
-    return NearSite(module, softmax.name, _text(stop), f"after the softmax comes {stop.target}", True)
+    return NearSite(module, softmax.name, describe_node(stop), f"after the softmax comes {stop.target}", True)
 
 
 def _path(softmax: fx.Node, neighbours: Callable[[fx.Node], Iterable[fx.Node]]) -> list[fx.Node] | None:
-    """The shortest way from a softmax to a product, both ends left out and in; None when there is none."""
+    """The shortest way from a softmax (left out) to a product (the last); None when there is none."""
     came: dict[fx.Node, fx.Node] = {}
     queue = deque([softmax])
     while queue and len(came) < _REACH:
@@ -93,10 +94,3 @@ def _path(softmax: fx.Node, neighbours: Callable[[fx.Node], Iterable[fx.Node]]) 
 
 def _last_that(holds: Callable[[Any], bool], nodes: list[fx.Node]) -> fx.Node | None:
     return next((node for node in reversed(nodes) if holds(node)), None)
-
-
-def _text(node: fx.Node) -> str:
-    """``div_3 = aten.div.Tensor [2, 4, 24, 24]``."""
-    value = fake(node)
-    shape = f" {list(value.shape)}" if value is not None else ""
-    return f"{node.name} = {node.target}{shape}"
