@@ -445,7 +445,8 @@ def coverage(
             rows = cover(wanted, Plan(attention, inductor), Limits(timeout, memory, jobs), lines, on_row)
         facts = summary(rows)
         document = {"summary": facts, "rows": [dataclasses.asdict(row) for row in rows]}
-        command = " ".join(["lz-compile coverage", *(names or []), *(["--attn eager"] if attention == "eager" else [])])
+        told = names if names and len(names) <= 6 else [f"({len(names)} model types)"] if names else []
+        command = " ".join(["lz-compile coverage", *told, *(["--attn eager"] if attention == "eager" else [])])
         page.write_text(markdown(rows, command + ("" if inductor else " --no-inductor"), image.name), encoding="utf-8")
         image.write_text(picture(rows), encoding="utf-8")
         output.with_name(f"{output.name}.json").write_text(_finite_json(document), encoding="utf-8")
