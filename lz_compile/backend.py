@@ -84,12 +84,12 @@ def improve(
             receipt.note = report.reason
             return None
         receipt.note = f"{len(module.graph.nodes)} Dynamo nodes, {len(normal.graph.nodes)} ATen nodes"
-    replaced = 0
+    rewritten = None
     with _left_to_inductor(report, "rewrite"):
-        replaced = _transform(normal, report, inductor or {})
-        if replaced:
+        if _transform(normal, report, inductor or {}):
             spell_out_constants(normal)
-    return normal if replaced else None
+            rewritten = normal
+    return rewritten
 
 
 def _transform(normal: fx.GraphModule, report: GraphReport, inductor: dict[str, Any]) -> int:

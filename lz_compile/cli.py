@@ -400,6 +400,98 @@ def _show_row(console: Console, row: Row) -> None:
         _print_indented(console, "not", f"{', '.join(names)}: {why}")
 
 
+# -- coverage ----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def coverage(
+    names: Annotated[list[str] | None, typer.Argument(help="Model types or globs, such as 'qwen*'.")] = None,
+    attention: Annotated[
+        Literal["sdpa", "eager"], typer.Option("--attn", help="Where the class supports it, else the other.")
+    ] = "sdpa",
+    inductor: Annotated[
+        bool, typer.Option(help="Generate code and time both compilers; else the rewritten graphs run as they are.")
+    ] = True,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 1,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for each architecture.")] = 600.0,
+    memory: Annotated[float, typer.Option(min=0.5, help="Gigabytes for each architecture.")] = 4.0,
+    output: Annotated[Path, typer.Option(help="Where to write: this path with .md, .json, .svg and .jsonl.")] = Path(
+        "coverage"
+    ),
+    again: Annotated[bool, typer.Option("--again", help="Forget what an earlier run left in the .jsonl file.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What is recognised in tiny random models of every architecture that transformers knows.
+
+    Exit code 1 when a result is wrong, or a compile fails where Inductor's does not.  Interrupted, it goes on where it
+    stopped when it is run again.
+    """
+    with _json_only(as_json):
+        try:
+            from lz_compile.coverage import Limits, Plan, cover, select
+        except ImportError as error:
+            _fail(f"coverage needs transformers ({error}): pip install 'lz-compile[examples]'")
+        from lz_compile.coverage_table import markdown, picture, sentence, summary
+
+        try:
+            wanted = select(names or [])
+        except KeyError as unknown:
+            _fail(f"transformers has no model type {unknown.args[0]}", 2)
+        lines, page, image = (output.with_name(f"{output.name}{end}") for end in (".jsonl", ".md", ".svg"))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if again:
+            lines.unlink(missing_ok=True)
+        with _row_by_row(as_json, len(wanted)) as on_row:
+            rows = cover(wanted, Plan(attention, inductor), Limits(timeout, memory, jobs), lines, on_row)
+        facts = summary(rows)
+        document = {"summary": facts, "rows": [dataclasses.asdict(row) for row in rows]}
+        told = names if names and len(names) <= 6 else [f"({len(names)} model types)"] if names else []
+        command = " ".join(["lz-compile coverage", *told, *(["--attn eager"] if attention == "eager" else [])])
+        page.write_text(markdown(rows, command + ("" if inductor else " --no-inductor"), image.name), encoding="utf-8")
+        image.write_text(picture(rows), encoding="utf-8")
+        output.with_name(f"{output.name}.json").write_text(_finite_json(document), encoding="utf-8")
+    if as_json:
+        typer.echo(_finite_json(document))
+    else:
+        typer.echo(f"{sentence(facts)}\n{page}")
+    raise typer.Exit(1 if facts["wrong"] or facts["failed"] else 0)
+
+
+@contextlib.contextmanager
+def _row_by_row(as_json: bool, total: int) -> Iterator[Callable[[Any], None]]:
+    """Gives the callback for rows: a line each on stdout, and a bar on stderr in a terminal."""
+    from rich.progress import Progress
+
+    console = _console(stderr=True)
+    with Progress(console=console, transient=True, disable=as_json or not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+
+        def show(row: Any) -> None:
+            bar.update(task, advance=1, description=row.name)
+            told = row.problem or ", ".join(
+                f"{call.name} {call.recognised}/{call.sites}"
+                + "".join(f" {what}" for what in (call.not_called, call.failed, call.wrong) if what)
+                for call in row.calls
+            )
+            if not as_json:
+                typer.echo(f"{row.name}: {told}")
+
+        yield show
+
+
+def _finite_json(document: Any) -> str:
+    """JSON in which a number that is not finite is text (``"inf"``)."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, float) and not math.isfinite(value):
+            return str(value)
+        if isinstance(value, dict):
+            return {name: finite(inner) for name, inner in value.items()}
+        return [finite(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+    return json.dumps(finite(document), indent=2, allow_nan=False)
+
+
 # -- db ----------------------------------------------------------------------------------------------------------------
 
 

@@ -43,6 +43,9 @@ def normalize(dynamo: fx.GraphModule) -> fx.GraphModule:
     with fake_mode:
         aten = make_fx(interpret, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*values)
     _carry_dynamo_facts(dynamo, aten)
+    # What nobody reads is no other user of a site's values: weights that a caller dropped, say.
+    aten.graph.eliminate_dead_code()
+    _require_known_constants(aten)
     inputs = [node for node in aten.graph.nodes if node.op == "placeholder"]
     mark_gradients(aten.graph, {n: isinstance(v, torch.Tensor) and v.requires_grad for n, v in zip(inputs, values)})
     return aten
@@ -71,6 +74,13 @@ def _require_traceable(dynamo: fx.GraphModule, placeholders: list[fx.Node]) -> N
             raise LeftAlone(f"input {node.name} has no example value")
         if is_traceable_wrapper_subclass(value):
             raise LeftAlone(f"input {node.name} is a {type(value).__name__} (tensor subclass)")
+
+
+def _require_known_constants(aten: fx.GraphModule) -> None:
+    """A fake constant stands for a value that was computed and lost: what left a vmap, for one."""
+    for node in aten.graph.find_nodes(op="get_attr"):
+        if isinstance(getattr(aten, str(node.target), None), torch._subclasses.FakeTensor):
+            raise LeftAlone("tracing lost a value that the graph computes (under vmap?)")
 
 
 def spell_out_constants(module: fx.GraphModule) -> None:

@@ -92,6 +92,7 @@ class Region:
     ``module`` is the module path, such as ``model.layers.0.self_attn``.  ``declined`` is set when the site was seen but
     may not be replaced, with the reason.  ``op`` says what a region without
     ``attention`` means (:mod:`lz_compile.pointwise`) and ``inputs`` are the values that enter it.
+    ``stopped`` is the last node that was read of a declined site that was not read to its end.
     ``covers`` are smaller regions of the same graph that this one spans: it runs by one kernel, or they run apart.
     """
 
@@ -104,6 +105,7 @@ class Region:
     key_cache: CacheWrite | None = None
     value_cache: CacheWrite | None = None
     declined: str = ""
+    stopped: fx.Node | None = None
     op: Any = None
     inputs: tuple[fx.Node, ...] = ()
     covers: tuple[Region, ...] = ()
@@ -117,6 +119,13 @@ def microseconds(seconds: float) -> str:
     """``12.61 us``, ``34,550 us``."""
     amount = 1e6 * seconds
     return f"{amount:,.0f} us" if abs(amount) >= 1000 else f"{amount:.4g} us"
+
+
+def describe_node(node: fx.Node) -> str:
+    """``div_3 = aten.div.Tensor [2, 4, 24, 24]``."""
+    value = node.meta.get("val")
+    shape = f" {list(value.shape)}" if isinstance(value, torch.Tensor) else ""
+    return f"{node.name} = {node.target}{shape}"
 
 
 # Why a kernel cannot take a region, or None when it can.

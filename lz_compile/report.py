@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lz_compile.region import INDUCTOR, microseconds
+from lz_compile.region import INDUCTOR, describe_node, microseconds
 
 if TYPE_CHECKING:
     from lz_compile.measure import Figure
@@ -77,8 +77,9 @@ class Candidate:
 class RegionReport:
     """One recognised site.
 
-    ``kernel`` is ``"inductor"`` when the site was left alone; ``candidates`` are the kernels that competed, fastest
-    first, ``rejected`` maps the others to why not; ``rules`` are the policy rules that decided something.
+    ``kernel`` is ``"inductor"`` when the site was left alone, ``declined`` when it may not be replaced by any kernel
+    (``reason`` says why, ``stopped`` at which node reading stopped); ``candidates`` are the kernels that competed,
+    fastest first, ``rejected`` maps the others to why not; ``rules`` are the policy rules that decided something.
     """
 
     kind: str
@@ -93,6 +94,8 @@ class RegionReport:
     unproved: str = ""
     candidates: list[Candidate] = field(default_factory=list)
     rules: list[str] = field(default_factory=list)
+    declined: bool = False
+    stopped: str = ""
 
     @classmethod
     def describe(cls, choice: Choice) -> RegionReport:
@@ -115,6 +118,8 @@ class RegionReport:
             unproved=attention.mask.unproved if attention is not None else "",
             candidates=[Candidate.of(name, figure) for name, figure in choice.figures.items()],
             rules=list(choice.rules),
+            declined=bool(region.declined),
+            stopped=describe_node(region.stopped) if region.stopped is not None else "",
         )
 
 

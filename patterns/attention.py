@@ -81,6 +81,8 @@ def find_attention(graph: fx.Graph, aliases: Aliases, module_of: Any) -> list[Re
             region.value_cache = find_cache_write(region.attention.value, site.output, aliases)
         except Declined as reason:
             region.declined = str(reason)
+            if region.attention is None:
+                region.stopped = site.nodes[-1] if site.nodes else site.output
         regions.append(region)
     return regions
 

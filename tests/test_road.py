@@ -324,6 +324,49 @@ def test_a_failure_of_the_matcher_leaves_a_correct_model(monkeypatch: pytest.Mon
     assert "lost the thread" in lz_compile.reports()[-1].graphs[0].reason
 
 
+def test_a_failure_while_a_rewritten_graph_is_finished_leaves_the_graph_as_it_came(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from lz_compile import backend
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no words for it")
+
+    monkeypatch.setattr(backend, "spell_out_constants", fail)
+    x = torch.randn(1, 8, 32)
+    block = Block().eval()
+    compiled, road = compile_road(block, strict=False)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), block(x))
+    assert not road.modules and road.kernels == ["inductor"]
+    assert "no words for it" in road.graphs[0].reason
+
+
+def test_weights_that_nobody_reads_do_not_stop_a_site() -> None:
+    attention = torch.nn.MultiheadAttention(32, 2, batch_first=True).train()  # in eval mode it is one operator
+    x = torch.randn(2, 8, 32)
+    compiled, road = compile_road(lambda x: attention(x, x, x)[0])
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), attention(x, x, x)[0])
+    assert len(road.regions) == 1 and "inductor" not in road.kernels
+    compiled, road = compile_road(lambda x: attention(x, x, x))
+    with torch.no_grad():
+        compiled(x)
+    assert [region.reason for region in road.regions] == ["attention weights are used elsewhere"]
+
+
+def test_a_graph_whose_values_tracing_loses_is_left_alone() -> None:
+    def program(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.vmap(lambda row: row.cumsum(0))(x), F.scaled_dot_product_attention(x, x, x)
+
+    x = torch.randn(2, 2, 8, 8)
+    compiled, road = compile_road(program)
+    with torch.no_grad():
+        for got, expected in zip(compiled(x), program(x)):
+            torch.testing.assert_close(got, expected)
+    assert "vmap" in road.graphs[0].reason and not road.regions
+
+
 WARM = """
     import json, torch, sys
     from torch._dynamo.utils import counters
