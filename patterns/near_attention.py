@@ -14,14 +14,9 @@ from typing import Any
 import torch.fx as fx
 
 from lz_compile.aliasing import Aliases
-from lz_compile.patterns.attention import (
-    _PRODUCTS,
-    _SOFTMAX,
-    _back_to_product,
-    _forward_to_product,
-    _leads_to_product,
-    _outline_eager,
-)
+from lz_compile.patterns.attention import _SOFTMAX, _back_to_product, _forward_to_product, _outline_eager
+from lz_compile.patterns.sinks import sink_column, without_shift
+from lz_compile.patterns.steps import PRODUCTS, leads_to_product
 from lz_compile.patterns.walk import aten, target
 from lz_compile.region import describe_node
 
@@ -61,14 +56,16 @@ def _near(softmax: fx.Node, module: str) -> NearSite:
     if before is None or behind is None:
         side = "before" if before is None else "behind"
         return NearSite(module, softmax.name, "", f"no product stands {side} the softmax", False)
-    if _back_to_product(softmax) is None:
-        stop = _last_that(lambda node: not _leads_to_product(node), before)
+    scores, _ = without_shift(softmax.args[0])
+    sink = sink_column(scores)
+    if _back_to_product(scores if sink is None else sink[0]) is None:
+        stop = _last_that(lambda node: not leads_to_product(node), before)
         if stop is None:
             return NearSite(module, softmax.name, describe_node(softmax), "several operands lead to a product", True)
         return NearSite(module, softmax.name, describe_node(stop), f"before the softmax comes {stop.target}", True)
     stop = behind[0]
     for previous, node in zip([softmax, *behind], behind):
-        if _forward_to_product(previous) is None:
+        if _forward_to_product(previous, sink is not None) is None:
             stop = node
     return NearSite(module, softmax.name, describe_node(stop), f"after the softmax comes {stop.target}", True)
 
@@ -83,7 +80,7 @@ def _path(softmax: fx.Node, neighbours: Callable[[fx.Node], Iterable[fx.Node]]) 
             if other in came or other.op != "call_function" or target(other) in _WALLS:
                 continue
             came[other] = node
-            if target(other) in _PRODUCTS:
+            if target(other) in PRODUCTS:
                 path = [other]
                 while path[-1] is not softmax:
                     path.append(came[path[-1]])
