@@ -144,6 +144,8 @@ def _transform(normal: fx.GraphModule, report: GraphReport, inductor: dict[str, 
         report.cost, report.greedy_cost = plan.cost, plan.greedy_cost
         if graphs:
             report.cuda_graphs = skipped_reasons(normal.graph)
+    if plan.measured:
+        report.set_apart("measure", plan.measured, plan.measuring)
     described = [RegionReport.describe(choice) for choice in plan.choices]
     with report.step("rewrite") as receipt:
         replaced = rewrite(normal, aliases, plan, Emitter)

@@ -117,11 +117,16 @@ class Terms:
 
 @dataclass
 class Gathered:
-    """Evidence in the order of the groups, the roof that estimates used, and a note for the report."""
+    """Evidence in the order of the groups, the roof that estimates used, and notes for the report.
+
+    ``measured`` are the seconds that measuring took, ``measuring`` says what was measured.
+    """
 
     evidence: list[Evidence]
     roof: Roof
     note: str
+    measured: float = 0.0
+    measuring: str = ""
 
 
 def gather(
@@ -152,6 +157,7 @@ class _Gathering:
         self.graphs = terms.graphs and device.type == "cuda"
         self.started = time.perf_counter()
         self.measured = 0
+        self.seconds = 0.0  # of measuring
         self.roof = nominal(device)
 
     @property
@@ -178,27 +184,30 @@ class _Gathering:
         self.roof = self._roof()
         fresh: dict[Key, Record] = {}
         skipped: list[dict[str, str]] = [{} for _ in groups]
-        may_measure = self.terms.measure == "auto" and _is_measurable(self.device)
-        if may_measure:
-            order = sorted(range(len(groups)), key=lambda i: -self._value(groups[i]))
-            with _apart(self.device):
-                for i in order:
-                    missing = {name: key for name, key in keys[i].items() if key not in known}
-                    # With one candidate there is nothing to decide, but its numbers are checked all the same.
-                    if missing and groups[i].kernels:
+        # With one candidate there is nothing to decide, but its numbers are checked all the same.
+        unknown = [
+            {name: key for name, key in mapping.items() if key not in known} if group.kernels else {}
+            for group, mapping in zip(groups, keys)
+        ]
+        if any(unknown) and self.terms.measure == "auto" and _is_measurable(self.device):
+            with self._clocked(), _apart(self.device):
+                for i in sorted(range(len(groups)), key=lambda i: -self._value(groups[i])):
+                    missing = {name: key for name, key in unknown[i].items() if key not in known}
+                    if missing:
                         fresh.update(self._measure(groups[i], missing, known, skipped[i]))
         evidence = [
             self._evidence(group, mapping, known, fresh, why) for group, mapping, why in zip(groups, keys, skipped)
         ]
-        return Gathered(evidence, self.roof, self._note(len(known)))
+        note = f"{len(known)} figures remembered" if known else "no figures remembered"
+        return Gathered(evidence, self.roof, note, self.seconds, f"{self.measured} kernels" if self.seconds else "")
 
-    def _note(self, known: int) -> str:
-        parts = []
-        if known:
-            parts.append(f"{known} figures remembered")
-        if self.measured:
-            parts.append(f"{self.measured} kernels measured in {time.perf_counter() - self.started:.1f} s")
-        return ", ".join(parts) or "no measurement"
+    @contextlib.contextmanager
+    def _clocked(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - begin
 
     def _look_up(self, keys: list[Key]) -> dict[Key, Record]:
         if self.terms.measure == "off" or not keys:
@@ -232,7 +241,7 @@ class _Gathering:
             if known is not None or not mine:
                 return known or nominal(self.device)
             try:
-                with _apart(self.device):
+                with self._clocked(), _apart(self.device):
                     roof = fit(self.device)
             except Exception as error:
                 log.warning("lz-compile could not measure %s: %s", self.device, error)
