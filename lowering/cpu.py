@@ -5,11 +5,12 @@ the host (which costs nothing on the CPU), cuts keys and values to the visible r
 attention on what is left: grouped queries share their keys, causal and fully visible ranges need no mask, rows of
 different length run one by one, long queries with a window run block by block. An attention sink needs the sums of
 exponentials, which only the flash operator gives: with it each row is scaled by ``1 / (1 + exp(sink - logsumexp))``.
+No such operator caps scores: for a few queries a softcap runs as two products and a softmax over the visible range.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.fx as fx
@@ -35,6 +36,8 @@ VERSION = "2"
 _BLOCK = 256
 # Running rows one by one pays when it leaves out at least this share of the keys.
 _WORTH_SPLITTING = 0.2
+# Queries that a decode step has at most, with drafted tokens.
+_FEW = 16
 
 _library = torch.library.Library("lz_compile", "FRAGMENT")
 _library.define(
@@ -42,6 +45,15 @@ _library.define(
     "Tensor? key_documents, Tensor? mask, float scale, float softcap, int chunk, int empty_row, Tensor? sink=None) "
     "-> Tensor"
 )
+
+
+@dataclass(frozen=True)
+class _Logits:
+    """What becomes of the products of queries and keys, and the logit that joins them."""
+
+    scale: float
+    softcap: float = 0.0
+    sink: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -67,8 +79,7 @@ def attend_cpu(
     empty_row: int,
     sink: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See :func:`lz_compile.lowering.semantic.attend`; without softcap."""
-    assert softcap == 0.0
+    """See :func:`lz_compile.lowering.semantic.attend`."""
     batch, _, queries, _ = query.shape
     keys = key.shape[2]
     limits = bounds.tolist() if bounds is not None else [[1 << 30, -(1 << 30), 0, keys, 0, 0, 0, 0]] * batch
@@ -77,9 +88,10 @@ def attend_cpu(
         return out
     if sink is not None:
         empty_row = EMPTY_ROW["zero"]
+    logits = _Logits(scale, softcap, sink)
     everything = _Mask(limits, key_mask, query_documents, key_documents, mask, chunk)
     for job in _jobs(limits, batch, queries, keys, chunk):
-        _run(query, key, value, out, everything, job, scale, empty_row, sink)
+        _run(query, key, value, out, everything, job, logits, empty_row)
     return out
 
 
@@ -171,29 +183,28 @@ def _run(
     out: torch.Tensor,
     hidden: _Mask,
     job: _Job,
-    scale: float,
+    logits: _Logits,
     empty_row: int,
-    sink: torch.Tensor | None,
 ) -> None:
     rows, queries = job.rows, job.queries
     keys_total = key.shape[2]
     ranges = [_key_range(row, queries, keys_total, hidden.chunk) for row in hidden.limits[rows]]
     first, last = min(r[0] for r in ranges), max(r[1] for r in ranges)
     if first >= last:
-        _fill_empty(query, key, value, out, hidden, rows, queries, scale, empty_row)
+        _fill_empty(query, key, value, out, hidden, rows, queries, logits, empty_row)
         return
     plain = not hidden.has_tensors(rows) and all(row == hidden.limits[rows][0] for row in hidden.limits[rows])
     if plain:
         row = hidden.limits[rows][0]
-        queries = _trim(query, key, value, out, hidden, job, row, first, scale, empty_row)
+        queries = _trim(query, key, value, out, hidden, job, row, first, logits, empty_row)
         first, last = _key_range(row, queries, keys_total, hidden.chunk)
         if first >= last:
-            _fill_empty(query, key, value, out, hidden, rows, queries, scale, empty_row)
+            _fill_empty(query, key, value, out, hidden, rows, queries, logits, empty_row)
             return
         kind = _simple_kind(row, queries, first, last, hidden.chunk)
-        if kind is False or (kind and scale > 0):  # SDPA scales the -inf of its causal mask, too
+        if kind is False or (kind and logits.scale > 0):  # SDPA scales the -inf of its causal mask, too
             part = slice(first, last)
-            result = _sdpa(query[rows, :, queries], key[rows, :, part], value[rows, :, part], None, kind, scale, sink)
+            result = _sdpa(query[rows, :, queries], key[rows, :, part], value[rows, :, part], None, kind, logits)
             out[rows, :, queries] = result
             return
     keys = slice(first, last)
@@ -207,10 +218,10 @@ def _run(
         wide = torch.promote_types(bias.dtype, query.dtype)
         parts = tuple(part.to(wide) for part in parts)  # type: ignore[assignment]
         mask = torch.where(visible, bias.to(wide), torch.tensor(float("-inf"), dtype=wide))
-    out[rows, :, queries] = _sdpa(*parts, mask, False, scale, sink)
+    out[rows, :, queries] = _sdpa(*parts, mask, False, logits)
     empty = ~visible.any(-1)
     if empty_row and bool(empty.any()):
-        fallback = _empty_rows(query, key, value, hidden, rows, queries, scale, empty_row)
+        fallback = _empty_rows(query, key, value, hidden, rows, queries, logits, empty_row)
         out[rows, :, queries] = torch.where(empty[..., None], fallback, out[rows, :, queries])
 
 
@@ -223,14 +234,14 @@ def _trim(
     job: _Job,
     row: list[int],
     first: int,
-    scale: float,
+    logits: _Logits,
     empty_row: int,
 ) -> slice:
     """Queries in front of the first visible key see nothing: they are filled here, the others are returned."""
     blind = min(job.queries.stop, first - row[UPPER])
     if blind <= job.queries.start:
         return job.queries
-    _fill_empty(query, key, value, out, hidden, job.rows, slice(job.queries.start, blind), scale, empty_row)
+    _fill_empty(query, key, value, out, hidden, job.rows, slice(job.queries.start, blind), logits, empty_row)
     return slice(blind, job.queries.stop)
 
 
@@ -251,12 +262,14 @@ def _sdpa(
     value: torch.Tensor,
     mask: torch.Tensor | None,
     is_causal: bool,
-    scale: float,
-    sink: torch.Tensor | None = None,
+    logits: _Logits,
 ) -> torch.Tensor:
     """PyTorch's SDPA with grouped heads; for one query the group's heads become queries of one head."""
-    if sink is not None:
-        return _with_sink(query, key, value, mask, is_causal, scale, sink)
+    if logits.softcap:
+        return _spelled_out(query, key, value, mask, is_causal, logits)
+    if logits.sink is not None:
+        return _with_sink(query, key, value, mask, is_causal, logits)
+    scale = logits.scale
     heads, kv_heads = query.shape[1], key.shape[1]
     if heads == kv_heads:
         return F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, scale=scale)
@@ -274,29 +287,52 @@ def _with_sink(
     value: torch.Tensor,
     mask: torch.Tensor | None,
     is_causal: bool,
-    scale: float,
-    sink: torch.Tensor,
+    logits: _Logits,
 ) -> torch.Tensor:
     """As :func:`_sdpa`, with one more logit for each head in the denominator."""
+    if query.shape[-1] != value.shape[-1] or any(part.stride(-1) != 1 for part in (query, key, value)):
+        return _spelled_out(query, key, value, mask, is_causal, logits)
+    assert logits.sink is not None
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros((), dtype=query.dtype).masked_fill(~mask, float("-inf"))
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    result, sums = flash(query, key, value, 0.0, is_causal, attn_mask=mask, scale=logits.scale)
+    sink = logits.sink.to(torch.promote_types(query.dtype, torch.float32))[None, :, None]
+    return (result * torch.sigmoid(sums - sink)[..., None]).to(query.dtype)
+
+
+def _spelled_out(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    logits: _Logits,
+) -> torch.Tensor:
+    """As :func:`_sdpa`, as two products and a softmax in float32 at least; a group's heads share their keys."""
+    batch, heads, queries, _ = query.shape
+    kv_heads, keys = key.shape[1], key.shape[2]
     compute = torch.promote_types(query.dtype, torch.float32)
-    logits = sink.to(compute)[None, :, None]
-    parts = (query, key, value)
-    if query.shape[-1] == value.shape[-1] and all(part.stride(-1) == 1 for part in parts):
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-        result, sums = flash(*parts, 0.0, is_causal, attn_mask=mask, scale=scale)
-        return (result * torch.sigmoid(sums - logits)[..., None]).to(query.dtype)
-    group = query.shape[1] // key.shape[1]
-    k, v = (part.to(compute).repeat_interleave(group, 1) for part in (key, value))
-    scores = query.to(compute) @ k.transpose(-1, -2) * scale
+    q = query.to(compute) * (logits.scale / logits.softcap if logits.softcap else logits.scale)
+    q = q.reshape(batch, kv_heads, heads // kv_heads * queries, query.shape[-1])
+    scores = (q @ key.to(compute).transpose(-1, -2)).view(batch, heads, queries, keys)
+    if logits.softcap:
+        scores = scores.tanh_().mul_(logits.softcap)
     if is_causal:
-        above = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-        scores = scores.masked_fill(above, float("-inf"))
-    if mask is not None:
-        scores = scores + mask.to(compute)
-    weights = torch.softmax(torch.cat([scores, logits[..., None].expand(*scores.shape[:-1], 1)], -1), -1)[..., :-1]
-    return (weights @ v).to(query.dtype)
+        mask = torch.ones(queries, keys, dtype=torch.bool).tril()
+    empty = None
+    if mask is not None and mask.dtype == torch.bool:
+        scores, empty = scores.masked_fill_(~mask, float("-inf")), ~mask.any(-1, keepdim=True)
+    elif mask is not None:
+        scores, empty = scores.add_(mask), (mask == float("-inf")).all(-1, keepdim=True)
+    if logits.sink is not None:
+        column = logits.sink.to(compute)[None, :, None, None].expand(batch, heads, queries, 1)
+        weights = torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1]
+    else:
+        weights = torch.softmax(scores, -1)
+        weights = weights if empty is None else weights.masked_fill_(empty, 0.0)
+    weights = weights.reshape(batch, kv_heads, -1, keys)
+    return (weights @ value.to(compute)).view(batch, heads, queries, value.shape[-1]).to(query.dtype)
 
 
 def _fill_empty(
@@ -307,11 +343,11 @@ def _fill_empty(
     hidden: _Mask,
     rows: slice,
     queries: slice,
-    scale: float,
+    logits: _Logits,
     empty_row: int,
 ) -> None:
     if queries.stop > queries.start:
-        out[rows, :, queries] = _empty_rows(query, key, value, hidden, rows, queries, scale, empty_row)
+        out[rows, :, queries] = _empty_rows(query, key, value, hidden, rows, queries, logits, empty_row)
 
 
 def _empty_rows(
@@ -321,7 +357,7 @@ def _empty_rows(
     hidden: _Mask,
     rows: slice,
     queries: slice,
-    scale: float,
+    logits: _Logits,
     empty_row: int,
 ) -> torch.Tensor | float:
     """What queries that see no key give (see ``empty_row`` of :func:`lz_compile.lowering.semantic.attend`)."""
@@ -330,14 +366,17 @@ def _empty_rows(
     if empty_row == EMPTY_ROW["nan"]:
         return torch.full((), float("nan"), dtype=query.dtype)
     if empty_row == EMPTY_ROW["unmasked"]:
-        return _sdpa(query[rows, :, queries], key[rows], value[rows], None, False, scale)
+        return _sdpa(query[rows, :, queries], key[rows], value[rows], None, False, replace(logits, sink=None))
     group = query.shape[1] // value.shape[1]
     compute = torch.promote_types(query.dtype, torch.float32)
     if hidden.mask is not None and hidden.mask.dtype != torch.bool:
         bias = hidden.cut(rows, queries, slice(0, key.shape[2]))
         assert bias is not None
         k = key[rows].to(compute).repeat_interleave(group, 1)
-        scores = query[rows, :, queries].to(compute) @ k.transpose(-1, -2) * scale + bias.to(compute)
+        scores = query[rows, :, queries].to(compute) @ k.transpose(-1, -2) * logits.scale
+        if logits.softcap:
+            scores = torch.tanh(scores / logits.softcap) * logits.softcap
+        scores = scores + bias.to(compute)
         weights = torch.softmax(scores, -1)
         if empty_row == EMPTY_ROW["safe mean"]:
             weights = weights.masked_fill((scores == float("-inf")).all(-1, keepdim=True), 0.0)
@@ -359,22 +398,21 @@ def _supports(region: Region) -> Verdict:
     assert a is not None
     if a.query.meta["val"].device.type != "cpu":
         return "runs on the CPU"
-    if a.softcap:
-        return "has no softcap"
+    if a.softcap and not _few_queries(region):
+        return f"caps the scores of up to {_FEW} queries"
     if a.sink is None and (a.mask.is_trivial or a.mask.is_causal):
         return "there is nothing to skip"
-    if not a.mask.proved and not _narrows(region):
+    if not a.mask.proved and not _few_queries(region):  # those learn from any mask which keys no row may see
         return f"the mask is not proved: {a.mask.unproved}"
     if len(a.mask.documents) > 1:
         return "takes one document term"
     return None
 
 
-def _narrows(region: Region) -> bool:
-    """An unproved mask still tells a few queries which keys no row may see."""
+def _few_queries(region: Region) -> bool:
     a = region.attention
     assert a is not None
-    return isinstance(a.queries, int) and a.queries <= 16
+    return isinstance(a.queries, int) and a.queries <= _FEW
 
 
 def _emit(emitter: Emitter, region: Region) -> fx.Node:

@@ -27,7 +27,17 @@ from lz_compile.patterns.heads import ungroup
 from lz_compile.patterns.masks import MaskProver
 from lz_compile.patterns.scores import ScoreWriter
 from lz_compile.patterns.sinks import drops_last_column, sink_column, without_shift
-from lz_compile.patterns.steps import FILLS, PRODUCTS, SCALES, WHERE, leads_to_product, scale_factor, softcap_of
+from lz_compile.patterns.steps import (
+    FILLS,
+    PRODUCTS,
+    SCALES,
+    WHERE,
+    adds_nothing,
+    is_product,
+    leads_to_product,
+    scale_factor,
+    softcap_of,
+)
 from lz_compile.patterns.walk import (
     CASTS,
     COPIES,
@@ -56,7 +66,7 @@ def find_attention(graph: fx.Graph, aliases: Aliases, module_of: Any) -> list[Re
 
     Scores that are spelled out may be brought into one shape first, which changes the graph and renews ``aliases``.
     """
-    _unify_scores(graph, aliases)
+    left = _unify_scores(graph, aliases)
     prover = MaskProver(graph, aliases)
     empty_rows = EmptyRowsOfSdpa()
     regions: list[Region] = []
@@ -69,6 +79,7 @@ def find_attention(graph: fx.Graph, aliases: Aliases, module_of: Any) -> list[Re
             if outline is None:
                 continue
             site = outline
+            site.left = left.get(site.scores, "") if site.scores is not None else ""
             read = _read_eager
         else:
             continue
@@ -87,14 +98,23 @@ def find_attention(graph: fx.Graph, aliases: Aliases, module_of: Any) -> list[Re
     return regions
 
 
-def _unify_scores(graph: fx.Graph, aliases: Aliases) -> None:
+def _unify_scores(graph: fx.Graph, aliases: Aliases) -> dict[fx.Node, str]:
+    """Brings spelled-out scores into one shape; says why not, by the node that the softmax reads."""
     writer = ScoreWriter(graph, aliases)
     if writer.spell_shapes():
         aliases.renew(graph)
-    outlines = [_outline_eager(node, aliases) for node in graph.nodes if target(node) in _SOFTMAX]
+    softmaxes = [node for node in graph.nodes if target(node) in _SOFTMAX]
+    outlines = [_outline_eager(node, aliases) for node in softmaxes]
+    sites = [site for site in outlines if site is not None and site.product is not None]
+    products = dict.fromkeys(site.product for site in sites)
+    outputs = dict.fromkeys(site.output for site in sites)
+    if writer.spell_products(products, outputs):  # type: ignore[arg-type]
+        aliases.renew(graph)
+        outlines = [_outline_eager(node, aliases) for node in softmaxes]
     written = [writer.unify(site.scores) for site in outlines if site is not None and site.scores is not None]
     if any(node is not None for node in written):
         aliases.renew(graph)
+    return writer.reasons
 
 
 @dataclass
@@ -102,7 +122,8 @@ class _Site:
     """What is known of a site while it is read: its output, the nodes that belong to it alone, for each outside value
     the node that consumes it first, and the copies of outside values that the kernel will do without.
 
-    ``scores`` are those of an eager site before sinks join them, ``sink`` the sinks' logits.
+    ``scores`` are those of an eager site before sinks join them, ``sink`` the sinks' logits, ``left`` says why the
+    scores were not brought into one shape.
     """
 
     pattern: str
@@ -116,6 +137,7 @@ class _Site:
     readers: dict[fx.Node, fx.Node] = field(default_factory=dict)
     skipped: list[fx.Node] = field(default_factory=list)
     stacked: int | None = None
+    left: str = ""
 
     def reads(self, value: fx.Node, through: list[fx.Node], consumer: fx.Node) -> None:
         """Notes who consumed ``value`` first on its way into the site; ``through`` are views and copies of it."""
@@ -234,7 +256,7 @@ def _back_to_product(node: fx.Node, depth: int = 12) -> fx.Node | None:
     """The product of queries and keys behind scores, through elementwise calls."""
     current: Any = node
     for _ in range(depth):
-        if target(current) in PRODUCTS:
+        if is_product(current):
             return current
         if not isinstance(current, fx.Node) or current.op != "call_function":
             return None
@@ -371,13 +393,15 @@ def _read_scores(site: _Site, node: fx.Node) -> _Scores:
         if kind in RESHAPES:
             _require_stacking(site, node, node.args[0])  # type: ignore[arg-type]
             node = node.args[0]  # type: ignore[assignment]
+        elif adds_nothing(node, site.aliases):
+            node = node.args[0]  # type: ignore[assignment]
         elif kind in (aten.add.Tensor, aten.sub.Tensor) or kind in FILLS:
             if _is_stacked(node) and fake(site.softmax).dim() == 4:  # type: ignore[union-attr]
                 raise Declined("the mask is applied to stacked heads")
             if found.scaled or found.softcap:
                 raise Declined("the scores are scaled after the mask")
             if found.mask is not None:
-                raise Declined("more than one mask")
+                raise Declined(site.left or "more than one mask")
             node = _read_mask_step(site, found, node, kind)
         elif kind in SCALES:
             cap = softcap_of(node, site.aliases)

@@ -1,9 +1,11 @@
 """Spelled-out scores in one shape: ``softcap(scale * product) + mask``, with a single mask.
 
 Models write a bias and a mask one after the other (T5's relative positions, ALiBi), let ``baddbmm`` add the bias, scale
-after the bias, add in a view of other dimensions (decomposed relative positions), or fill where a bias was added.  Sums
-do not care for their order, so here all that is added becomes one mask: ``(s + bias) + mask = s + (bias + mask)``, and
-``bias + mask`` is computed once for all layers that share it.
+after the bias, add in a view of other dimensions (decomposed relative positions), fill where a bias was added, or lift
+masked scores from -inf to the least finite number.  Sums do not care for their order, so here all that is added becomes
+one mask: ``(s + bias) + mask = s + (bias + mask)``, and ``bias + mask`` is computed once for all layers that share it;
+``max(s + mask, least) = s + max(mask, least)`` for every score that is no astronomical number.  A factor that is known
+only at run time, but the same for all keys of a query (a learned temperature), goes to the queries.
 
 Enters: a normalised graph.  Leaves: the same graph, in which the scores of such a site are rebuilt in front of whatever
 read them; a site that needs no change, or of which any step is not understood, stays as it was.  Gradients stay as they
@@ -12,7 +14,7 @@ were, too: a site that needs them is not touched.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +25,20 @@ from lz_compile.aliasing import Aliases
 from lz_compile.compat import fake_mode_of
 from lz_compile.gradients import needs_gradient
 from lz_compile.insert import insert_call
-from lz_compile.patterns.steps import FILLS, PRODUCTS, SCALES, WHERE, leads_to_product, scale_factor, softcap_of
+from lz_compile.patterns.einsum import is_plain, spell_scores, spell_weights
+from lz_compile.patterns.steps import (
+    FILLS,
+    FLOORS,
+    PRODUCTS,
+    SCALES,
+    WHERE,
+    adds_nothing,
+    floor_of,
+    leads_to_product,
+    row_factor,
+    scale_factor,
+    softcap_of,
+)
 from lz_compile.patterns.walk import (
     CASTS,
     COPIES,
@@ -48,7 +63,7 @@ _LIKE = {
 
 
 class _Left(Exception):
-    """The site is left as it is."""
+    """The site is left as it is; the message, where there is one, says what no kernel can take."""
 
 
 @dataclass
@@ -56,7 +71,8 @@ class _Step:
     """One step on the way from the product to the softmax.
 
     ``kind`` is ``add`` (of ``factor`` times ``value``), ``hide`` or ``keep`` (``value`` is the condition, ``factor``
-    the number that is filled in), ``scale`` or ``softcap`` (by ``factor``).  ``shape`` is the scores' shape there.
+    the number that is filled in), ``floor`` (``max`` with ``factor``), ``scale`` or ``softcap`` (by ``factor``), or
+    ``temper`` (times ``value`` where ``factor`` is 1, over it where that is -1).  ``shape`` is the scores' shape there.
     """
 
     kind: str
@@ -79,12 +95,16 @@ class _Chain:
 
 
 class ScoreWriter:
-    """Rebuilds scores in one graph; sums that several layers share are computed once."""
+    """Rebuilds scores in one graph; sums that several layers share are computed once.
+
+    ``reasons`` says why scores were left as they are, by their last node, where that is worth saying.
+    """
 
     def __init__(self, graph: fx.Graph, aliases: Aliases) -> None:
         self._graph = graph
         self._aliases = aliases
         self._shared: dict[Any, fx.Node] = {}
+        self.reasons: dict[fx.Node, str] = {}
         self._fake_mode = fake_mode_of([node.meta.get("val") for node in graph.nodes])
 
     def unify(self, last: fx.Node) -> fx.Node | None:
@@ -95,8 +115,33 @@ class ScoreWriter:
                 return None
             self._require_unwritten(chain)
             return self._write(chain)
-        except _Left:
+        except _Left as left:
+            self.reasons[last] = str(left)
             return None
+
+    def spell_products(self, products: Iterable[fx.Node], outputs: Iterable[fx.Node]) -> bool:
+        """Writes queries times keys, and weights times values, as ``matmul`` where a permuted ``einsum`` was, or where
+        one ``permute`` both moved and transposed the keys; False when nothing was changed.  No node may come twice."""
+        spelled = [self._spell_keys(product) for product in products]
+        spelled += [spell_scores(product, self._fake_mode) for product in products if not is_plain(product)]
+        spelled += [spell_weights(output, self._fake_mode) for output in outputs if not is_plain(output)]
+        return any(spelled)
+
+    def _spell_keys(self, product: fx.Node) -> bool:
+        if target(product) not in (aten.matmul.default, aten.bmm.default) or needs_gradient(product):
+            return False
+        permuted: Any = product.args[1]
+        value = fake(permuted)
+        if target(permuted) is not aten.permute.default or value is None or value.dim() < 3:
+            return False
+        source, order = permuted.args[0], [dim % value.dim() for dim in permuted.args[1]]
+        if order == [*range(value.dim() - 2), value.dim() - 1, value.dim() - 2]:
+            return False
+        if order[-1] == value.dim() - 1:  # nothing was transposed
+            return False
+        keys = self._call(product, aten.permute.default, source, [*order[:-2], order[-1], order[-2]])
+        product.replace_input_with(permuted, self._call(product, aten.transpose.int, keys, -1, -2))
+        return True
 
     def spell_shapes(self) -> bool:
         """Says the sizes where a view takes its shape from scores, so that it no longer reads them."""
@@ -149,6 +194,14 @@ class ScoreWriter:
                 chain.levels.append(shape)
                 chain.reshaped = chain.reshaped or not _is_stacking(fake(before).shape, shape)  # type: ignore[union-attr]
             return before
+        if adds_nothing(node, self._aliases):
+            return node.args[0]
+        if kind in FLOORS:
+            floor = floor_of(node, self._aliases)
+            if floor is None:
+                raise _Left
+            chain.steps.append(_Step("floor", node, shape, None, floor[0]))
+            return floor[1]
         if kind in _SUMS:
             left, right = node.args[:2]
             sign = arguments(node)["alpha"] * (1 if kind is aten.add.Tensor else -1)
@@ -177,7 +230,12 @@ class ScoreWriter:
                 return cap.scores
             found = scale_factor(node, self._aliases)
             if found is None:
-                raise _Left
+                tempered = row_factor(node)
+                if tempered is None:
+                    raise _Left("the scores are multiplied by a tensor that may differ from key to key")
+                divides = kind in (aten.div.Tensor, aten.div.Scalar)
+                chain.steps.append(_Step("temper", node, shape, tempered[0], -1.0 if divides else 1.0))
+                return tempered[1]
             chain.steps.append(_Step("scale", node, shape, None, found[0]))
             return found[1]
         raise _Left
@@ -196,9 +254,12 @@ class ScoreWriter:
         anchor = chain.last.next
         final = _level_of_mask(chain)
         before, softcap, mask = self._sorted(chain, final)
+        tempers = [step for step in chain.steps if step.kind == "temper"]
+        for step in tempers:
+            _require_fit(step, chain.first)
         dtype = fake(chain.last).dtype  # type: ignore[union-attr]
-        masks = self._mask(mask, anchor, chain.last, dtype, final)
-        scores = self._product(chain.first, anchor)
+        masks = self._mask(mask, anchor, chain.last, dtype, final) if mask else None
+        scores = self._product(chain.first, tempers, anchor)
         if fake(scores).dtype != dtype:  # type: ignore[union-attr]
             scores = self._call(anchor, aten.to.dtype, scores, dtype)
         if before != 1.0:
@@ -207,7 +268,8 @@ class ScoreWriter:
             scores = self._call(anchor, aten.div.Tensor, scores, softcap)
             scores = self._call(anchor, aten.mul.Tensor, self._call(anchor, aten.tanh.default, scores), softcap)
         scores = self._reshaped(scores, final, anchor)
-        scores = self._call(anchor, aten.add.Tensor, scores, masks)
+        if masks is not None:
+            scores = self._call(anchor, aten.add.Tensor, scores, masks)
         if fake(scores).dtype != dtype:  # type: ignore[union-attr]
             scores = self._call(anchor, aten.to.dtype, scores, dtype)
         scores = self._reshaped(scores, fake(chain.last).shape, anchor)  # type: ignore[union-attr]
@@ -232,9 +294,12 @@ class ScoreWriter:
                 if softcap or mask:
                     raise _Left
                 softcap = step.factor
-            else:
+            elif step.kind == "temper":
+                if softcap or mask:
+                    raise _Left
+            elif step.kind != "floor" or mask:
                 mask.append(step)
-        if not mask or len(final) > 4:
+        if len(final) > 4:
             raise _Left
         return before, softcap, mask
 
@@ -243,7 +308,10 @@ class ScoreWriter:
         key: list[Any] = [dtype, str(final)]
         result: fx.Node | None = None
         for step in steps:
-            assert step.value is not None
+            if step.value is None:
+                assert step.kind == "floor" and result is not None
+                result = self._floored(result, step.factor, key, anchor)
+                continue
             value = step.value
             key += [step.kind, value, self._aliases.version(value, at), step.factor, str(step.shape)]
             earlier = result
@@ -269,6 +337,13 @@ class ScoreWriter:
             result = self._shared[text]
         assert result is not None
         return result
+
+    def _floored(self, mask: fx.Node, least: float, key: list[Any], anchor: fx.Node) -> fx.Node:
+        key += ["floor", least]
+        text = tuple(key)
+        if text not in self._shared:
+            self._shared[text] = self._call(anchor, aten.clamp.default, mask, least)
+        return self._shared[text]
 
     def _at_level(self, value: fx.Node, level: torch.Size, final: torch.Size, anchor: fx.Node) -> fx.Node:
         """What is added to scores of shape ``level`` as what is added to the same scores in the shape ``final``."""
@@ -296,14 +371,39 @@ class ScoreWriter:
             return self._call(anchor, aten.flatten.using_ints, scores, 0, 1)
         raise _Left
 
-    def _product(self, first: fx.Node, anchor: fx.Node) -> fx.Node:
+    def _product(self, first: fx.Node, tempers: list[_Step], anchor: fx.Node) -> fx.Node:
+        query = _query_of(first)
+        for step in tempers:
+            operator = aten.mul.Tensor if step.factor == 1.0 else aten.div.Tensor
+            query = self._call(anchor, operator, query, step.value)
         if target(first) is aten.baddbmm.default:
-            known = arguments(first)
-            return self._call(anchor, aten.bmm.default, known["batch1"], known["batch2"])
-        return self._call(anchor, first.target, *first.args, **first.kwargs)
+            return self._call(anchor, aten.bmm.default, query, arguments(first)["batch2"])
+        if target(first) is aten.einsum.default:
+            return self._call(anchor, first.target, first.args[0], [query, first.args[1][1]])  # type: ignore[index]
+        return self._call(anchor, first.target, query, first.args[1])
 
     def _call(self, anchor: fx.Node, operator: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return insert_call(self._fake_mode, anchor, operator, *args, **kwargs)
+
+
+def _query_of(product: fx.Node) -> fx.Node:
+    if target(product) is aten.baddbmm.default:
+        return arguments(product)["batch1"]
+    if target(product) is aten.einsum.default:
+        return product.args[1][0]  # type: ignore[index, return-value]
+    return product.args[0]  # type: ignore[return-value]
+
+
+def _require_fit(step: _Step, product: fx.Node) -> None:
+    """The tensor of a ``temper`` multiplies the queries as it did the scores, in a dtype that does not overflow."""
+    factor, query = fake(step.value), fake(_query_of(product))
+    if factor is None or query is None or factor.dtype != query.dtype or query.dtype == torch.float16:
+        raise _Left
+    if target(product) is aten.einsum.default or (factor.dim() and len(step.shape) != query.dim()):
+        raise _Left
+    for size, wide in zip(reversed(factor.shape), reversed(query.shape)):
+        if not same(size, 1) and not same(size, wide):
+            raise _Left
 
 
 def _is_stacking(a: Sequence[Any], b: Sequence[Any]) -> bool:
@@ -325,6 +425,8 @@ def _level_of_mask(chain: _Chain) -> torch.Size:
 
 def _is_canonical(chain: _Chain) -> bool:
     """Scores that need no change: scaled, capped, then at most one mask, added with all dimensions apart."""
+    if any(step.kind in ("floor", "temper") for step in chain.steps):
+        return False
     masks = [i for i, step in enumerate(chain.steps) if step.kind in ("add", "hide", "keep")]
     if not masks:
         return True

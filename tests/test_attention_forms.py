@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -140,6 +141,7 @@ MORE = [
          "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
     Form("Llama4", "Llama4TextConfig", "Llama4ForCausalLM", {**_GROUPED, "head_dim": 16, "attention_chunk_size": 8,
          "num_local_experts": 2, "intermediate_size_mlp": 64}),
+    Form("GPT-NeoX", "GPTNeoXConfig", "GPTNeoXForCausalLM", _DECODER),
     Form("GPT-2", "GPT2Config", "GPT2LMHeadModel", _GPT2),
     Form("GPT-J", "GPTJConfig", "GPTJForCausalLM", {**_GPT2, "rotary_dim": 8}),
     Form("CodeGen", "CodeGenConfig", "CodeGenForCausalLM", {**_GPT2, "rotary_dim": 8}),
@@ -155,7 +157,7 @@ MORE = [
 
 
 # A compile takes seconds: of the others the sweep makes sure.
-_QUICK_FORWARD = {"BLOOM", "MPT", "Falcon with ALiBi", "DeBERTa", "ViTDet", "SAM", "T5"}
+_QUICK_FORWARD = {"BLOOM", "GPT-NeoX", "MPT", "Falcon with ALiBi", "DeBERTa", "ViTDet", "SAM", "T5"}
 _QUICK_DECODE = {"GPT-OSS"}
 
 
@@ -221,7 +223,7 @@ def assert_all_sites(road: Road, form: Form, sites: int) -> None:
     assert road.graphs and all(len(graph.regions) == sites for graph in road.graphs), form.name
     declined = [region.reason for region in road.regions if not region.shape]
     assert not declined
-    if form.name != "Gemma2":  # on the CPU no kernel has a softcap
+    if form.name != "Gemma2":  # on the CPU only a few queries have a kernel with a softcap
         assert "inductor" not in road.kernels, [r.reason for r in road.regions]
 
 
@@ -249,8 +251,55 @@ def test_prefill_and_decode_of_a_model_are_recognised_and_right(form: Form, atte
     assert len(road.graphs) > 1
 
 
+def greedy(model: Any, config: Any, steps: int) -> torch.Tensor:
+    """Tokens of a prompt of 8 and of ``steps`` more, in a static cache of 40."""
+    ids, cache, found = tokens(2, 8, 0), StaticCache(config=config, max_cache_len=40), []
+    with torch.no_grad():
+        for _ in range(steps):
+            ids = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+            found.append(ids)
+    return torch.cat(found, 1)
+
+
+def test_a_softcap_runs_in_decode_and_gives_eagers_tokens() -> None:
+    (form,) = [form for form in MORE if form.name == "Gemma2"]
+    model = form.build("eager")
+    compiled, road = compile_road(form.build("eager"), dynamic=None, prefer=["cpu.ranges"])
+    assert torch.equal(greedy(compiled, model.config, 24), greedy(model, model.config, 24))
+    windowed, whole = road.graphs[-1].regions  # the window's cache is full, so that all of it is seen
+    assert (windowed.mask, windowed.kernel) == ("none", "inductor")
+    assert whole.mask.startswith("causal(offset=") and whole.kernel == "cpu.ranges"
+
+
+@pytest.mark.parametrize("spelled", [False, True], ids=["sdpa", "eager"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_prefix_that_sees_itself_both_ways_is_honoured(spelled: bool, padded: bool) -> None:
+    """PaliGemma's mask: causal, and an image's tokens see each other; which tokens are an image's, the run tells."""
+
+    def with_prefix(q, k, v, image, valid):
+        index = torch.arange(N)
+        both = (image[:, None, :, None] == 1) & (image[:, None, None, :] == 1)
+        shown = (index[None, :] <= index[:, None]) | both
+        if padded:
+            shown = shown & valid[:, None, None, :]
+        if not spelled:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=shown)
+        return torch.softmax(scores_of(q, k) + torch.where(shown, 0.0, LEAST), -1) @ v
+
+    compiled, road = compile_road(with_prefix)
+    valid = torch.arange(N) >= torch.tensor([[2], [0]])
+    for prefixes in ([[3], [5]], [[0], [7]], [[2], [2]]):
+        image = (torch.arange(N) < torch.tensor(prefixes)).long()
+        expected = with_prefix(*qkv(), image, valid)
+        torch.testing.assert_close(compiled(*qkv(), image, valid), expected, atol=2e-6, rtol=1e-5)
+    (region,) = road.regions
+    assert region.shape and region.kernel != "inductor"
+    assert region.mask != "causal" and region.unproved
+
+
 # -- single spellings -------------------------------------------------------------------------------------------------
 
+LEAST = torch.finfo(torch.float32).min
 B, H, KV, M, N, D = 2, 4, 2, 7, 7, 16
 
 Function = Callable[..., torch.Tensor]
@@ -452,6 +501,160 @@ def test_one_key_value_head_is_broadcast_by_sdpa_itself() -> None:
     compiled, road = compile_road(multi_query)
     torch.testing.assert_close(compiled(*qkv(1)), multi_query(*qkv(1)), atol=2e-6, rtol=1e-5)
     assert road.regions[0].shape.startswith(f"batch {B}, {H} heads over 1")
+
+
+def einsum_of_xlnet(q, k, v, bias):
+    q, k, v = (x.permute(2, 0, 1, 3).contiguous() for x in (q, k, v))
+    scores = torch.einsum("ibnd,jbnd->bnij", q, k) * 0.25 - 1e30 * torch.einsum("ij->ij", hidden().float())
+    return torch.einsum("bnij,jbnd->ibnd", torch.softmax(scores + bias, 3), v).permute(1, 2, 0, 3)
+
+
+def einsum_with_heads_inside(q, k, v, bias):
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    scores = torch.einsum("bkhd,bqhd->bhqk", k, q) * 0.25 + bias + causal_bias()
+    return torch.einsum("bhqk,bkhd->bqhd", torch.softmax(scores, -1), v).transpose(1, 2)
+
+
+def keys_moved_and_transposed_at_once(q, k, v, bias):
+    keys = k.transpose(1, 2).contiguous().permute(0, 2, 3, 1)
+    return torch.softmax(q @ keys * 0.25 + bias + causal_bias(), -1) @ v
+
+
+def temperature_of_heads(q, k, v, bias):
+    temperature = torch.linspace(0.5, 2.0, H).reshape(H, 1, 1).clamp(max=1.5).exp()
+    return torch.softmax(scores_of(q, k) * temperature + bias + causal_bias(), -1) @ v
+
+
+def temperature_of_queries(q, k, v, bias):
+    return torch.softmax((scores_of(q, k) / (1.5 + bias.amax(-1, keepdim=True).abs())) + bias, -1) @ v
+
+
+def lifted_to_the_least_number(q, k, v, bias):
+    scores = torch.max(scores_of(q, k) + bias + causal_bias(), torch.full((), LEAST))
+    return torch.softmax(scores, -1) @ v
+
+
+def nothing_added(q, k, v, bias):
+    return torch.softmax((scores_of(q, k) + 0 + bias).clamp(min=LEAST), -1) @ v
+
+
+REWRITTEN = [
+    einsum_of_xlnet,
+    einsum_with_heads_inside,
+    keys_moved_and_transposed_at_once,
+    temperature_of_heads,
+    temperature_of_queries,
+    lifted_to_the_least_number,
+    nothing_added,
+]
+
+
+@pytest.mark.parametrize("fn", REWRITTEN, ids=lambda f: f.__name__)
+def test_a_spelling_that_is_written_anew_is_recognised_and_right(fn: Function) -> None:
+    (bias,) = values((1, H, M, N), seed=5)
+    compiled, road = compile_road(fn)
+    inputs = qkv()
+    torch.testing.assert_close(compiled(*inputs, bias), fn(*inputs, bias), atol=2e-6, rtol=1e-5)
+    (region,) = road.regions
+    assert region.shape.startswith(f"batch {B}, {H} heads over {H}, {M} queries, {N} keys, head size {D}")
+    assert "additive mask" in region.mask and region.kernel != "inductor"
+
+
+@pytest.mark.parametrize("fn", REWRITTEN, ids=lambda f: f.__name__)
+def test_gradients_still_flow_where_a_spelling_could_be_written_anew(fn: Function) -> None:
+    (bias,) = values((1, H, M, N), seed=5)
+    got, expected = ([x.requires_grad_() for x in qkv()] for _ in range(2))
+    compiled, road = compile_road(fn)
+    compiled(*got, bias).square().sum().backward()
+    fn(*expected, bias).square().sum().backward()
+    for ours, theirs in zip(got, expected):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-5)
+    assert road.kernels == ["inductor"]
+
+
+@pytest.mark.parametrize("hiding", [-math.inf, LEAST, -1e30], ids=["-inf", "least", "-1e30"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_row_that_sees_nothing_below_a_floor_gives_what_eager_gives(hiding: float, times: int) -> None:
+    def lifted(q, k, v, mask):
+        scores = scores_of(q, k)
+        for _ in range(times):
+            scores = scores + mask
+        return torch.softmax(torch.max(scores, torch.full((), LEAST)), -1) @ v
+
+    mask = torch.zeros(B, 1, M, N).masked_fill(hidden(), hiding)
+    mask[0, :, 2] = hiding
+    compiled, road = compile_road(lifted)
+    torch.testing.assert_close(compiled(*qkv(), mask), lifted(*qkv(), mask), atol=2e-6, rtol=1e-5)
+    assert road.regions[0].shape and "inductor" not in road.kernels
+
+
+def test_a_proof_survives_a_floor() -> None:
+    def lifted(q, k, v):
+        return torch.softmax(torch.max(scores_of(q, k) + causal_bias(), torch.full((), LEAST)), -1) @ v
+
+    assert near_miss(lifted).regions[0].mask == "causal"
+
+
+def floor_that_shows(q, k, v):
+    return torch.softmax((scores_of(q, k) + causal_bias()).clamp(min=-1e4), -1) @ v
+
+
+def ceiling(q, k, v):
+    return torch.softmax(scores_of(q, k).clamp(min=LEAST, max=0.1), -1) @ v
+
+
+def floor_that_broadcasts(q, k, v):
+    return torch.softmax(torch.max(scores_of(q[:, :1], k[:, :1]), torch.full((1, H, 1, 1), LEAST)), -1) @ v
+
+
+def times_a_mask(q, k, v):
+    shown = causal_bias().exp()
+    return torch.softmax(scores_of(q, k) * shown + -1e4 * (1 - shown) + causal_bias(), -1) @ v
+
+
+def temperature_of_keys(q, k, v):
+    return torch.softmax(scores_of(q, k) * k.mean(-1)[:, :, None], -1) @ v
+
+
+def temperature_after_a_mask(q, k, v):
+    return torch.softmax((scores_of(q, k) + causal_bias()) * q.mean(-1, keepdim=True).exp(), -1) @ v
+
+
+def divided_by_scores(q, k, v):
+    return torch.softmax(q.mean(-1, keepdim=True) / scores_of(q, k), -1) @ v
+
+
+def einsum_over_heads(q, k, v):
+    scores = torch.einsum("bhqd,bhkd->bqhk", q, k)
+    return torch.einsum("bqhk,bhkd->bhqd", torch.softmax(scores, -1), v)
+
+
+def einsum_that_sums_the_keys_heads(q, k, v):
+    return torch.einsum("bhqk,bgkd->bhqd", torch.softmax(scores_of(q, k), -1), v)
+
+
+NEAR_MISSES = [
+    floor_that_shows,
+    ceiling,
+    floor_that_broadcasts,
+    times_a_mask,
+    temperature_of_keys,
+    temperature_after_a_mask,
+    divided_by_scores,
+    einsum_over_heads,
+    einsum_that_sums_the_keys_heads,
+]
+
+
+@pytest.mark.parametrize("fn", NEAR_MISSES, ids=lambda f: f.__name__)
+def test_a_spelling_that_only_looks_like_it_is_left_as_it_is(fn: Function) -> None:
+    assert set(near_miss(fn).kernels) <= {"inductor"}
+
+
+def test_scores_times_a_mask_say_why_they_are_left() -> None:
+    assert [region.reason for region in near_miss(times_a_mask).regions] == [
+        "the scores are multiplied by a tensor that may differ from key to key"
+    ]
 
 
 # -- attention sinks --------------------------------------------------------------------------------------------------

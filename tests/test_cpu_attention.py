@@ -35,11 +35,12 @@ class Call:
     chunk: int
     empty_row: int
     sink: torch.Tensor | None = None
+    softcap: float = 0.0
 
     def check(self) -> None:
         """Calls the kernel and the oracle."""
         shared = (self.bounds, self.key_mask, self.query_documents, self.key_documents)
-        rest = (self.scale, 0.0, self.chunk, self.empty_row, self.sink)
+        rest = (self.scale, self.softcap, self.chunk, self.empty_row, self.sink)
         got = attend_cpu(self.query, self.key, self.value, *shared, self.mask, *rest)
         exact = [x.double() for x in (self.query, self.key, self.value)]
         expected = attend(*exact, *shared, self.mask, *rest)
@@ -132,6 +133,7 @@ def calls(draw: st.DrawFn) -> Call:
         chunk,
         draw(st.integers(0, 4)),
         2 * torch.randn(heads, generator=generator).to(dtype) if draw(st.integers(0, 3)) == 0 else None,
+        draw(st.sampled_from([0.0, 0.0, 0.5, 30.0])),
     )
 
 
@@ -171,10 +173,13 @@ def test_many_calls_give_the_oracles_answer(call: Call) -> None:
     call.check()
 
 
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("empty_row", range(5))
 @pytest.mark.parametrize("mask", ["none", "bool", "-inf", "min"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_that_see_nothing_give_what_is_asked_for(dtype: torch.dtype, mask: str, empty_row: int) -> None:
+def test_rows_that_see_nothing_give_what_is_asked_for(
+    dtype: torch.dtype, mask: str, empty_row: int, softcap: float
+) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (randn(generator, (2, h, n, 16), dtype, "heads inside") for h, n in ((4, 9), (2, 7), (2, 7)))
     bounds = torch.tensor([[-3, NO_LOWER, 0, 7, 0, 0, 0, 0], [NO_UPPER, NO_LOWER, 7, 7, 0, 0, 0, 0]], dtype=torch.int32)
@@ -184,7 +189,7 @@ def test_rows_that_see_nothing_give_what_is_asked_for(dtype: torch.dtype, mask: 
     if dense is not None and mask != "bool":
         hidden = -math.inf if mask == "-inf" else torch.finfo(dtype).min
         dense = torch.zeros(dense.shape, dtype=dtype).masked_fill(~dense, hidden)
-    Call(q, k, v, bounds, None, None, None, dense, 0.5, 0, empty_row).check()
+    Call(q, k, v, bounds, None, None, None, dense, 0.5, 0, empty_row, softcap=softcap).check()
 
 
 @pytest.mark.parametrize("window", [1, 5, 40, 256, 299])
