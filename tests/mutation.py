@@ -141,11 +141,11 @@ def environment(folder: Path) -> dict[str, str]:
 def trace(arguments: argparse.Namespace) -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     tree = stage(FOLDER)
-    files = [name for name in arguments.tests_of or TRACED if (ROOT / name).exists()]
+    files = [name for name in arguments.tests_of or TRACED if (ROOT / name.partition("::")[0]).exists()]
     plugin = ["-p", "mutation", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not gpu and not slow"]
     command = [sys.executable, "-m", "pytest", "-q", *plugin, *files]
     env = environment(FOLDER) | {"LZ_MUTATION_TRACE": str(tree / "lz_compile" / "patterns")}
-    env["LZ_MUTATION_RENEWED"] = os.pathsep.join(arguments.tests_of)
+    env["LZ_MUTATION_RENEWED"] = "\n".join(arguments.tests_of)
     env["PYTHONPATH"] += os.pathsep + str(ROOT / "tests")
     sys.exit(subprocess.run(command, cwd=ROOT, env=env).returncode)
 
@@ -182,7 +182,7 @@ if "LZ_MUTATION_TRACE" in os.environ:  # as a plugin of pytest
                         by_test[context].append(line)
             lines[Path(path).name] = by_test
         seconds = dict(_seconds)
-        renewed = tuple(filter(None, os.environ["LZ_MUTATION_RENEWED"].split(os.pathsep)))
+        renewed = tuple(filter(None, os.environ["LZ_MUTATION_RENEWED"].splitlines()))
         if renewed and TRACE.exists():
             old = json.loads(TRACE.read_text())
             seconds |= {test: cost for test, cost in old["seconds"].items() if not test.startswith(renewed)}
@@ -321,7 +321,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     tracer = commands.add_parser("trace")
-    tracer.add_argument("tests_of", nargs="*", metavar="FILE", help="test files; default: those that know patterns")
+    tracer.add_argument("tests_of", nargs="*", metavar="FILE", help="test files, or tests; default: those that know patterns")
     tracer.set_defaults(function=trace)
     runner = commands.add_parser("run")
     runner.add_argument("--jobs", type=int, default=2)
