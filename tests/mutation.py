@@ -56,7 +56,78 @@ TRACED = [
 ]
 
 # Guards by name that change nothing, and why.
-EQUIVALENT: dict[str, str] = {}
+_TENSOR = "the operator takes nothing but tensors there; for the type checker"
+_SCALAR = "tracing makes a plain number of this argument"
+_DEVICE = "PyTorch refuses tensors of several devices"
+_LATER = "a later step declines the same graphs"
+_PURE = "saves work only"
+EQUIVALENT: dict[str, str] = {
+    "attention.py _read_sdpa: scale is None": _SCALAR,
+    "attention.py _tensors: q is None": _TENSOR,
+    "attention.py _tensors: k is None": _TENSOR,
+    "attention.py _tensors: v is None": _TENSOR,
+    "attention.py _prove: value is None": _TENSOR,
+    "attention.py _back_to_product: not isinstance(current, fx.Node)": _TENSOR,
+    'attention.py _back_to_product: current.op != "call_function"': "an input has no arguments to follow",
+    "attention.py _read_eager: not (q.dtype == k.dtype == v.dtype)": _LATER,
+    "attention.py _read_eager: fake(site.output).dtype != q.dtype": "a product has the dtype of its operands",
+    "attention.py _require_floating: value is None": _TENSOR,
+    "attention.py _read_mask_step: scores is None": _TENSOR,
+    "attention.py _mask_of: value.dtype != torch.bool": "PyTorch fills and selects by booleans only",
+    "attention.py _untransposed: value is None": _TENSOR,
+    "attention.py _require_replaceable: not q.dtype.is_floating_point": "neither softmax nor SDPA takes other dtypes",
+    "attention.py _require_replaceable: not (q.device == k.device == v.device)": _DEVICE,
+    "attention.py _require_replaceable: out is None": _TENSOR,
+    "cache.py _is_dequantised: not isinstance(node.args[0], fx.Node)": _TENSOR,
+    "cache.py _is_dequantised: source is None": _TENSOR,
+    "cache.py rolled_window: not isinstance(cache, fx.Node)": _TENSOR,
+    "cache.py rolled_window: whole is None": _TENSOR,
+    "cache.py rolled_window: row is None": _TENSOR,
+    "cache.py rolled_window: row.dtype != whole.dtype": "index_put_ takes values of the tensor's dtype only",
+    "cache.py _is_last: not isinstance(indices, (list, tuple))": _TENSOR,
+    "cache.py _is_last: index is None": "a row was put, so the last index is a tensor",
+    "cache.py _is_last: index.dtype.is_floating_point": "no index is a float",
+    "cache.py _last_write: not aliases.is_written(base)": _PURE,
+    "cache.py _last_write: not aliases.version(base, at)": _PURE,
+    "glu.py _parts: fake(a) is None": _TENSOR,
+    "glu.py _parts: left.device != right.device": _DEVICE,
+    "halves.py half: part is None": _TENSOR,
+    "halves.py half: not part.dim()": "a tensor without dimensions is no part of another",
+    "halves.py half: value is None": _TENSOR,
+    'halves.py half: known["dim"] not in (-1, value.dim() - 1)': "the shapes that are compared next differ",
+    "heads.py _expand_reshape: outer is None": _TENSOR,
+    "heads.py _expand_reshape: shape is None": _TENSOR,
+    "heads.py _expand_reshape: wide is None": _TENSOR,
+    "heads.py _repeat_interleave: shape is None": _TENSOR,
+    "heads.py _one_head: outer is None": _TENSOR,
+    "heads.py _one_head: outer.dim() != 4": "an expansion has its base's dimensions at least, a site no more than four",
+    "heads.py _one_head: shape is None": _TENSOR,
+    "mask_evaluation.py _note_source: value in self.sources": "either read holds the value",
+    "mask_evaluation.py _note_source: isinstance(value, (Holds, Truth))": _PURE,
+    "mask_form.py _replaced: not times": "nothing is replaced no times",
+    "mask_operators.py handler: diagonal is None": _SCALAR,
+    "mask_operators.py take: any(v.dtype not in (torch.int64, torch.int32) for v in values)": (
+        "a boolean index gives a shape that fake tensors refuse"
+    ),
+    "mask_operators.py take: len(values) != len(used)": _TENSOR,
+    "mask_operators.py take: not used": "indexing by nothing is traced as a view",
+    "mask_operators.py gather: not isinstance(chosen, fx.Node)": _TENSOR,
+    "mask_operators.py concatenate: not isinstance(tensor, fx.Node)": _TENSOR,
+    "mask_operators.py adjacent_difference: not isinstance(source, fx.Node)": _TENSOR,
+    "mask_operators.py copy_from: not isinstance(source, fx.Node)": _TENSOR,
+    'mask_operators.py copy_from: not isinstance(source.meta.get("val"), torch.Tensor)': _TENSOR,
+    "mask_operators.py copy_from: value is None": "the value of a tensor is always known, as a read at least",
+    "mask_views.py _equal_products: not (inner if total < stride else outer)": "a view has its base's elements",
+    "norms.py _read_call: eps is None": _SCALAR,
+    "norms.py _through_casts: before is None": _TENSOR,
+    "norms.py _through_casts: after is None": _TENSOR,
+    "norms.py _other_factor: whole is None": _TENSOR,
+    "rope.py _require_whole_heads: not x.device == cos.device == sin.device": _DEVICE,
+    "scores.py _step: value is None": _TENSOR,
+    "sinks.py sink_column: value is None": _TENSOR,
+    "sinks.py drops_last_column: value is None": _TENSOR,
+    "sinks.py drops_last_column: source is None": _TENSOR,
+}
 
 
 @dataclass(frozen=True)
@@ -321,7 +392,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     tracer = commands.add_parser("trace")
-    tracer.add_argument("tests_of", nargs="*", metavar="FILE", help="test files, or tests; default: those that know patterns")
+    tracer.add_argument(
+        "tests_of", nargs="*", metavar="FILE", help="test files, or tests; default: those that know patterns"
+    )
     tracer.set_defaults(function=trace)
     runner = commands.add_parser("run")
     runner.add_argument("--jobs", type=int, default=2)

@@ -1158,6 +1158,14 @@ def test_biases_that_almost_are_masks_stay_biases(name: str) -> None:
     assert prove(trace(BIASES[name], torch.randn(6, 6)), SQUARE, "add").bias is not None
 
 
+@pytest.mark.parametrize("value", [0.5, 0.0])
+def test_a_boolean_mask_filled_with_a_float_of_run_time_is_dense(value: float) -> None:
+    def build(fill: torch.Tensor) -> torch.Tensor:
+        return (KEY() <= QUERY()).masked_fill(KEY() > 2, fill)
+
+    assert prove_and_check(build, SQUARE, torch.tensor(value)).dense is not None
+
+
 def test_a_boolean_mask_of_five_dimensions_is_left() -> None:
     form = prove(trace(lambda m: m.expand(1, 1, 1, 6, 6), bool_input(6, 6)), SQUARE)
     assert form.dense is not None and "broadcast" in form.unproved
@@ -1176,7 +1184,6 @@ UNKNOWN_SIZES: dict[str, Build] = {
 def test_sizes_of_run_time_that_are_not_understood_leave_the_mask_as_it_is(name: str) -> None:
     inputs = (bool_input(6, 6), 5)
     module = trace_dynamic(UNKNOWN_SIZES[name], *inputs)
-    mask, _ = returned(module)
     keys = int(UNKNOWN_SIZES[name](*inputs).shape[-1])
     form = prove(module, (1, 1, 6, keys))
     check(module, form, (1, 1, 6, keys), inputs, "keep")

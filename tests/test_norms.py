@@ -323,6 +323,8 @@ def _of_nothing(x, w):
 
 
 DECLINED = [
+    (lambda x, w: torch.nn.functional.rms_norm(torch.complex(x.float(), x.float()), w.shape), "dtype torch.complex64"),
+    (lambda x, w: torch.nn.functional.rms_norm(x.float(), w.shape, w.double()), "a wider dtype than the computation"),
     (_of_nothing, "there is nothing to compute"),
     (_in_bfloat16, "computes in torch.bfloat16"),
     (_stays_in_float32, "takes torch.bfloat16 and gives torch.float32"),
