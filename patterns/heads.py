@@ -36,7 +36,7 @@ def _expand_reshape(node: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
         return None
     unsqueezed: fx.Node = inner.args[0]  # type: ignore[assignment]
     slices: list[fx.Node] = []
-    while _keeps_everything(unsqueezed):
+    while target(unsqueezed) is aten.alias.default or _keeps_everything(unsqueezed):
         slices.append(unsqueezed)
         unsqueezed = unsqueezed.args[0]  # type: ignore[assignment]
     if target(unsqueezed) is not aten.unsqueeze.default:

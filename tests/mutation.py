@@ -2,14 +2,19 @@
 
     make mutate                                   # both steps; the second goes on where it stopped
     python tests/mutation.py trace                # which tests run which lines of patterns/
+    python tests/mutation.py trace tests/test_rope.py
     python tests/mutation.py run --jobs 2 --files attention.py --limit 20
+    python tests/mutation.py run --again          # those that were not killed, after new tests
     python tests/mutation.py show                 # the share that was killed, and the survivors
 
 A guard is the condition of an ``if`` that ends in return, raise, continue or break; with ``or`` each part is a guard of
-its own.  A mutant has one of them replaced by ``False``.  Only tests that ran the guard's line can tell: they run,
-fastest first, until one fails ("killed") or ``--tests`` of them have passed ("survived").
+its own.  A mutant has one of them replaced by ``False``.  Only tests in which the condition held, which ran what stands
+below it, can tell: they run, fastest first, until one fails ("killed") or ``--tests`` of them have passed ("survived").
+A guard that held in no test is "never true".  Those of ``EQUIVALENT`` are known to change nothing and don't run.
 
-``trace`` needs the package ``coverage``.  Everything lives in build/mutation/.
+A mutant runs in a fork of a process that has PyTorch and transformers imported, and never lz_compile.
+
+``trace`` needs the package ``coverage``; of named files it renews the old trace.  Everything lives in build/mutation/.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -38,6 +44,9 @@ TRACED = [
     "tests/test_glu.py",
     "tests/test_rope.py",
     "tests/test_rope_tables.py",
+    "tests/test_guards.py",
+    "tests/test_attention_forms.py",
+    "tests/test_caches.py",
     "tests/test_models.py",
     "tests/test_cpu_attention.py",
     "tests/test_sdpa_backends.py",
@@ -46,24 +55,107 @@ TRACED = [
     "tests/test_gpu.py",
 ]
 
+# Guards by name that change nothing, and why.
+_TENSOR = "the operator takes nothing but tensors there; for the type checker"
+_SCALAR = "tracing makes a plain number of this argument"
+_DEVICE = "PyTorch refuses tensors of several devices"
+_LATER = "a later step declines the same graphs"
+_PURE = "saves work only"
+EQUIVALENT: dict[str, str] = {
+    "attention.py _read_sdpa: scale is None": _SCALAR,
+    "attention.py _tensors: q is None": _TENSOR,
+    "attention.py _tensors: k is None": _TENSOR,
+    "attention.py _tensors: v is None": _TENSOR,
+    "attention.py _prove: value is None": _TENSOR,
+    "attention.py _back_to_product: not isinstance(current, fx.Node)": _TENSOR,
+    'attention.py _back_to_product: current.op != "call_function"': "an input has no arguments to follow",
+    "attention.py _read_eager: not (q.dtype == k.dtype == v.dtype)": _LATER,
+    "attention.py _read_eager: fake(site.output).dtype != q.dtype": "a product has the dtype of its operands",
+    "attention.py _require_floating: value is None": _TENSOR,
+    "attention.py _read_mask_step: scores is None": _TENSOR,
+    "attention.py _mask_of: value.dtype != torch.bool": "PyTorch fills and selects by booleans only",
+    "attention.py _untransposed: value is None": _TENSOR,
+    "attention.py _require_replaceable: not q.dtype.is_floating_point": "neither softmax nor SDPA takes other dtypes",
+    "attention.py _require_replaceable: not (q.device == k.device == v.device)": _DEVICE,
+    "attention.py _require_replaceable: out is None": _TENSOR,
+    "cache.py _is_dequantised: not isinstance(node.args[0], fx.Node)": _TENSOR,
+    "cache.py _is_dequantised: source is None": _TENSOR,
+    "cache.py rolled_window: not isinstance(cache, fx.Node)": _TENSOR,
+    "cache.py rolled_window: whole is None": _TENSOR,
+    "cache.py rolled_window: row is None": _TENSOR,
+    "cache.py rolled_window: row.dtype != whole.dtype": "index_put_ takes values of the tensor's dtype only",
+    "cache.py _is_last: not isinstance(indices, (list, tuple))": _TENSOR,
+    "cache.py _is_last: index is None": "a row was put, so the last index is a tensor",
+    "cache.py _is_last: index.dtype.is_floating_point": "no index is a float",
+    "cache.py _last_write: not aliases.is_written(base)": _PURE,
+    "cache.py _last_write: not aliases.version(base, at)": _PURE,
+    "glu.py _parts: fake(a) is None": _TENSOR,
+    "glu.py _parts: left.device != right.device": _DEVICE,
+    "halves.py half: part is None": _TENSOR,
+    "halves.py half: not part.dim()": "a tensor without dimensions is no part of another",
+    "halves.py half: value is None": _TENSOR,
+    'halves.py half: known["dim"] not in (-1, value.dim() - 1)': "the shapes that are compared next differ",
+    "heads.py _expand_reshape: outer is None": _TENSOR,
+    "heads.py _expand_reshape: shape is None": _TENSOR,
+    "heads.py _expand_reshape: wide is None": _TENSOR,
+    "heads.py _repeat_interleave: shape is None": _TENSOR,
+    "heads.py _one_head: outer is None": _TENSOR,
+    "heads.py _one_head: outer.dim() != 4": "an expansion has its base's dimensions at least, a site no more than four",
+    "heads.py _one_head: shape is None": _TENSOR,
+    "mask_evaluation.py _note_source: value in self.sources": "either read holds the value",
+    "mask_evaluation.py _note_source: isinstance(value, (Holds, Truth))": _PURE,
+    "mask_form.py _replaced: not times": "nothing is replaced no times",
+    "mask_operators.py handler: diagonal is None": _SCALAR,
+    "mask_operators.py take: any(v.dtype not in (torch.int64, torch.int32) for v in values)": (
+        "a boolean index gives a shape that fake tensors refuse"
+    ),
+    "mask_operators.py take: len(values) != len(used)": _TENSOR,
+    "mask_operators.py take: not used": "indexing by nothing is traced as a view",
+    "mask_operators.py gather: not isinstance(chosen, fx.Node)": _TENSOR,
+    "mask_operators.py concatenate: not isinstance(tensor, fx.Node)": _TENSOR,
+    "mask_operators.py adjacent_difference: not isinstance(source, fx.Node)": _TENSOR,
+    "mask_operators.py copy_from: not isinstance(source, fx.Node)": _TENSOR,
+    'mask_operators.py copy_from: not isinstance(source.meta.get("val"), torch.Tensor)': _TENSOR,
+    "mask_operators.py copy_from: value is None": "the value of a tensor is always known, as a read at least",
+    "mask_views.py _equal_products: not (inner if total < stride else outer)": "a view has its base's elements",
+    "norms.py _read_call: eps is None": _SCALAR,
+    "norms.py _through_casts: before is None": _TENSOR,
+    "norms.py _through_casts: after is None": _TENSOR,
+    "norms.py _other_factor: whole is None": _TENSOR,
+    "rope.py _require_whole_heads: not x.device == cos.device == sin.device": _DEVICE,
+    "scores.py _step: value is None": _TENSOR,
+    "sinks.py sink_column: value is None": _TENSOR,
+    "sinks.py drops_last_column: value is None": _TENSOR,
+    "sinks.py drops_last_column: source is None": _TENSOR,
+}
+
 
 @dataclass(frozen=True)
 class Guard:
-    """A condition in a file of patterns/: where it stands, and what it reads."""
+    """A condition in a file of patterns/: where it stands, what it reads, and the line that runs when it holds."""
 
     file: str
     first: tuple[int, int]  # line from 1, column in bytes from 0
     last: tuple[int, int]
     text: str
+    function: str
+    body: int
+
+    @property
+    def name(self) -> str:
+        """The guard without its place: what ``EQUIVALENT`` knows it by."""
+        return f"{self.file} {self.function}: {self.text}"
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.first[0]}:{self.first[1]} {self.text}"
+        return f"{self.file}:{self.first[0]}:{self.first[1]} {self.function}: {self.text}"
 
 
 def guards(path: Path) -> list[Guard]:
     source = path.read_text()
     found = []
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    for node in ast.walk(tree):
         if not isinstance(node, ast.If) or not isinstance(
             node.body[-1], (ast.Return, ast.Raise, ast.Continue, ast.Break)
         ):
@@ -72,7 +164,10 @@ def guards(path: Path) -> list[Guard]:
         for part in node.test.values if either else [node.test]:  # type: ignore[attr-defined]
             text = " ".join((ast.get_source_segment(source, part) or "").split())
             ends = (part.end_lineno or 0, part.end_col_offset or 0)
-            found.append(Guard(path.name, (part.lineno, part.col_offset), ends, text))
+            around = [f for f in functions if f.lineno <= node.lineno <= (f.end_lineno or 0)]
+            function = max(around, key=lambda f: f.lineno).name if around else ""
+            begins = (part.lineno, part.col_offset)
+            found.append(Guard(path.name, begins, ends, text, function, node.body[0].lineno))
     return sorted(found, key=lambda g: g.first)
 
 
@@ -117,10 +212,11 @@ def environment(folder: Path) -> dict[str, str]:
 def trace(arguments: argparse.Namespace) -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     tree = stage(FOLDER)
-    files = [name for name in arguments.tests_of or TRACED if (ROOT / name).exists()]
+    files = [name for name in arguments.tests_of or TRACED if (ROOT / name.partition("::")[0]).exists()]
     plugin = ["-p", "mutation", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not gpu and not slow"]
     command = [sys.executable, "-m", "pytest", "-q", *plugin, *files]
     env = environment(FOLDER) | {"LZ_MUTATION_TRACE": str(tree / "lz_compile" / "patterns")}
+    env["LZ_MUTATION_RENEWED"] = "\n".join(arguments.tests_of)
     env["PYTHONPATH"] += os.pathsep + str(ROOT / "tests")
     sys.exit(subprocess.run(command, cwd=ROOT, env=env).returncode)
 
@@ -156,22 +252,43 @@ if "LZ_MUTATION_TRACE" in os.environ:  # as a plugin of pytest
                     if context:
                         by_test[context].append(line)
             lines[Path(path).name] = by_test
-        TRACE.write_text(json.dumps({"seconds": _seconds, "lines": lines}))
+        seconds = dict(_seconds)
+        renewed = tuple(filter(None, os.environ["LZ_MUTATION_RENEWED"].splitlines()))
+        if renewed and TRACE.exists():
+            old = json.loads(TRACE.read_text())
+            seconds |= {test: cost for test, cost in old["seconds"].items() if not test.startswith(renewed)}
+            for name, by_test in old["lines"].items():
+                kept = {test: ran for test, ran in by_test.items() if not test.startswith(renewed)}
+                lines[name] = {**kept, **lines.get(name, {})}
+        TRACE.write_text(json.dumps({"seconds": seconds, "lines": lines}))
 
 
 # -- mutants
 
 
+# Imported before the forks; conftest first, it says how Triton is to be imported.
+_IMPORTED = ["conftest", "torch._dynamo", "torch._inductor.compile_fx", "transformers.models.llama.modeling_llama"]
+_FORKS = multiprocessing.get_context("forkserver")
+
+
+def every_guard() -> list[Guard]:
+    return [guard for path in sorted((ROOT / "patterns").glob("*.py")) for guard in guards(path)]
+
+
 def run(arguments: argparse.Namespace) -> None:
     traced = json.loads(TRACE.read_text())
-    done = {record["guard"] for record in results()}
-    todo = [g for path in sorted((ROOT / "patterns").glob("*.py")) for g in guards(path)]
-    todo = [g for g in todo if str(g) not in done and (not arguments.files or g.file in arguments.files)]
+    verdicts = {record["guard"]: record["verdict"] for record in results()}
+    todo = [guard for guard in every_guard() if guard.name not in EQUIVALENT]
+    todo = [g for g in todo if str(g) not in verdicts or (arguments.again and verdicts[str(g)] != "killed")]
+    todo = [g for g in todo if not arguments.files or g.file in arguments.files]
     todo = todo[:: max(1, len(todo) // arguments.limit)] if arguments.limit else todo
     folders = [FOLDER / f"job{i}" for i in range(arguments.jobs)]
     for folder in folders:
         stage(folder)
     free = list(folders)
+    os.environ |= environment(FOLDER)
+    sys.path.insert(0, str(ROOT / "tests"))
+    _FORKS.set_forkserver_preload(_IMPORTED)
 
     def one(guard: Guard) -> None:
         folder = free.pop()
@@ -190,41 +307,71 @@ def run(arguments: argparse.Namespace) -> None:
 
 def examine(guard: Guard, traced: dict[str, Any], folder: Path, most: int, seconds: float) -> dict[str, Any]:
     by_test, cost = traced["lines"].get(guard.file, {}), traced["seconds"]
-    reached = [test for test, lines in by_test.items() if guard.first[0] in lines]
+    reached = [test for test, lines in by_test.items() if guard.body in lines]
     # Of one parametrised test a few cases will do: the others rarely see more.
     families: Counter[str] = Counter()
     chosen = []
     for test in sorted(reached, key=lambda test: cost.get(test, 9.0)):
         family = test.partition("[")[0]
         families[family] += 1
-        if families[family] <= 3:
+        if families[family] <= 4:
             chosen.append(test)
     chosen = chosen[:most]
     record = {"guard": str(guard), "tests": len(chosen), "reached": len(reached)}
     if not chosen:
-        return record | {"verdict": "unreached"}
+        return record | {"verdict": "never true"}
     source = ROOT / "patterns" / guard.file
     target = folder / "tree" / "lz_compile" / "patterns" / guard.file
     target.write_text(without(source.read_text(), guard))
-    plugins = ["-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-seed=0"]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "--tb=no", *plugins, *chosen]
+    mine, theirs = _FORKS.Pipe(duplex=False)
+    child = _FORKS.Process(target=_run_tests, args=(folder, chosen, theirs), daemon=False)
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment(folder), capture_output=True, text=True, timeout=seconds
-        )
-        failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-        verdict = {0: "survived", 1: "killed"}.get(done.returncode, "broken")
-        if verdict == "broken":
-            failed = [(done.stdout + done.stderr)[-300:]]
-    except subprocess.TimeoutExpired:
-        verdict, failed = "killed", [f"ran longer than {seconds:g} s"]
+        child.start()
+        theirs.close()
+        if not mine.poll(seconds):
+            return record | {"verdict": "killed", "by": f"ran longer than {seconds:g} s"}
+        try:
+            code, by = mine.recv()
+        except EOFError:
+            code, by = -1, "the process died"
+        return record | {"verdict": {0: "survived", 1: "killed"}.get(code, "broken"), "by": by}
     finally:
+        child.kill()
+        child.join()
         target.write_text(source.read_text())
-    return record | {"verdict": verdict, "by": failed[0][:200] if failed else ""}
+
+
+def _run_tests(folder: Path, tests: list[str], answer: Any) -> None:
+    """In a fork: runs tests until one fails; sends pytest's exit code and the test that failed."""
+    import pytest
+
+    class Failures:
+        def __init__(self) -> None:
+            self.first = ""
+
+        def pytest_runtest_logreport(self, report: Any) -> None:
+            if report.failed:
+                self.first = self.first or report.nodeid
+
+    os.environ |= environment(folder)
+    os.chdir(ROOT)
+    sys.dont_write_bytecode = True
+    sys.path[:0] = environment(folder)["PYTHONPATH"].split(os.pathsep)
+    with (folder / "output.txt").open("w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    failures = Failures()
+    quiet = ["-q", "-x", "--no-header", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-seed=0"]
+    code = pytest.main([*quiet, *tests], plugins=[failures])
+    answer.send((int(code), failures.first))
 
 
 def results() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    """What is known of the guards as they stand, the last verdict of each."""
+    current = {str(guard) for guard in every_guard() if guard.name not in EQUIVALENT}
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    last = {record["guard"]: record for record in map(json.loads, lines)}
+    return [record for name, record in last.items() if name in current]
 
 
 def show(arguments: argparse.Namespace) -> None:
@@ -234,18 +381,25 @@ def show(arguments: argparse.Namespace) -> None:
         if record["verdict"] != "killed":
             print(f"{record['verdict']:10} {record['guard']} ({record['tests']} of {record['reached']} tests)")
     share = verdicts["killed"] / max(len(records), 1)
-    print(f"{len(records)} guards: {dict(verdicts)}; killed {share:.1%}")
+    equivalent = sum(guard.name in EQUIVALENT for guard in every_guard())
+    print(
+        f"{len(records)} of {len(every_guard()) - equivalent} guards: {dict(verdicts)}; killed {share:.1%}; "
+        f"{equivalent} more are equivalent"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     tracer = commands.add_parser("trace")
-    tracer.add_argument("tests_of", nargs="*", metavar="FILE", help="test files; default: those that know patterns")
+    tracer.add_argument(
+        "tests_of", nargs="*", metavar="FILE", help="test files, or tests; default: those that know patterns"
+    )
     tracer.set_defaults(function=trace)
     runner = commands.add_parser("run")
     runner.add_argument("--jobs", type=int, default=2)
     runner.add_argument("--files", nargs="*", default=[], help="only guards of these files of patterns/")
+    runner.add_argument("--again", action="store_true", help="also those that were not killed the last time")
     runner.add_argument("--limit", type=int, default=0, metavar="N", help="about N guards, spread evenly")
     runner.add_argument("--tests", type=int, default=40, metavar="N", help="tests that a mutant has to survive")
     runner.add_argument("--seconds", type=float, default=240.0, help="after which a mutant counts as killed")

@@ -419,18 +419,74 @@ def goes_elsewhere(keys: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(keys).copy_(moved)
 
 
+def is_flipped(keys: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    moved = keys.flip(2)
+    moved[:, :, torch.tensor([-1])] = new
+    return keys.copy_(moved)
+
+
+def accumulates(keys: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    moved = keys.roll(-1, dims=-2)
+    moved.index_put_((torch.tensor([[[0]], [[1]]]), torch.arange(3)[:, None], torch.tensor([-1])), new, accumulate=True)
+    return keys.copy_(moved)
+
+
+def adds_to_the_last(keys: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    moved = keys.roll(-1, dims=-2)
+    torch.ops.aten.index_put_(moved, [None, None, torch.tensor([-1])], new, True)
+    return keys.copy_(moved)
+
+
+def puts_into_a_head(keys: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    moved = keys.roll(-1, dims=-2)
+    moved[:, torch.tensor([-1])] = new
+    return keys.copy_(moved)
+
+
+def puts_the_same_everywhere(keys: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    moved = keys.roll(-1, dims=-2)
+    moved[:, :, torch.tensor([-1])] = new[:1]
+    return keys.copy_(moved)
+
+
 def test_a_rolled_window_is_recognised_for_keys_and_for_values() -> None:
     assert windows(step, *inputs()) == 2
 
 
 @pytest.mark.parametrize(
     "near_miss",
-    [rolls_two, rolls_heads, puts_first, is_read_elsewhere, is_written_in_between, new_row_changes, goes_elsewhere],
+    [
+        rolls_two,
+        rolls_heads,
+        puts_first,
+        is_read_elsewhere,
+        is_written_in_between,
+        new_row_changes,
+        goes_elsewhere,
+        is_flipped,
+        accumulates,
+        adds_to_the_last,
+        puts_the_same_everywhere,
+    ],
     ids=lambda fn: fn.__name__,
 )
 def test_what_only_looks_like_a_rolled_window_is_not(near_miss: Callable[..., Any]) -> None:
     keys, _, new, _ = inputs(3 if near_miss is rolls_heads else WINDOW)
     assert windows(near_miss, keys, new) == 0
+
+
+def test_a_row_that_all_positions_of_a_head_get_is_no_rolled_window() -> None:
+    keys, _, new, _ = inputs()
+    assert windows(puts_into_a_head, keys[:, :1].contiguous(), new[:, :1].contiguous()) == 0
+
+
+def test_a_rolled_tensor_of_three_dimensions_is_no_window() -> None:
+    def rolled_rows(keys: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        moved = keys.roll(-1, dims=-1)
+        moved[:, :, torch.tensor([-1])] = new
+        return keys.copy_(moved)
+
+    assert windows(rolled_rows, torch.randn(2, 3, 8), torch.randn(2, 3, 1)) == 0
 
 
 @pytest.mark.parametrize(("length", "size"), [(WINDOW, 16), (64, 16), (130, 40), (65, 128), (2, 1)])

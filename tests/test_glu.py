@@ -118,13 +118,35 @@ def _rows(x):
     return F.silu(gate) * up
 
 
+def _every_second(x):
+    return F.silu(x[..., ::2]) * x[..., 16:]
+
+
+def _quarters(x):
+    return F.silu(x[..., :8]) * x[..., 8:16]
+
+
+def _largest(x):
+    return F.silu(x.topk(16, -1)[0]) * x[..., 16:]
+
+
 def _of_two_tensors(x):
     return F.silu(x[..., :16]) * (x + 1)[..., 16:]
 
 
 @pytest.mark.parametrize(
     "fn",
-    [_up_comes_first, _overlapping, _interleaved, _middle_of_three, _rows, _of_two_tensors],
+    [
+        _up_comes_first,
+        _overlapping,
+        _interleaved,
+        _middle_of_three,
+        _rows,
+        _every_second,
+        _quarters,
+        _largest,
+        _of_two_tensors,
+    ],
     ids=lambda fn: fn.__name__,
 )
 def test_other_parts_of_a_tensor_are_not_packed(fn: Callable[..., Any]) -> None:
@@ -141,6 +163,7 @@ NEAR_MISSES = {
     "a scaled activation": lambda a, b: F.silu(a) * 2.0 + b,
     "a sum": lambda a, b: F.silu(a) + b,
     "another activation": lambda a, b: F.leaky_relu(a) * b,
+    "integers": lambda a, b: F.relu((a * 9).to(torch.int64)) * (b * 9).to(torch.int64),
     "the product is wider": lambda a, b: F.silu(a) * b.float(),
     "the activation is cast": lambda a, b: F.silu(a.float()).to(a.dtype) * b,
 }

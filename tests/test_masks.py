@@ -1022,3 +1022,168 @@ def test_the_guard_of_a_sliding_cache_decides_where_its_keys_begin(
     assert form.proved and text in str(form) and ("window(" in text or "window(" not in str(form))
     for n in others:
         check(module, form, (2, 2, 1, 8), (torch.zeros(3), n), "keep")
+
+
+# -- What an operator's meaning does not cover ------------------------------------------------------------------------
+
+QUERY, KEY = (lambda: torch.arange(6)[:, None]), (lambda: torch.arange(6))
+
+
+def runs(positions: torch.Tensor) -> torch.Tensor:
+    """Ids of packed sequences from positions that restart."""
+    return (positions.diff(dim=-1, prepend=positions[:, :1] - 1) != 1).cumsum(-1)
+
+
+def same_run(ids: torch.Tensor) -> torch.Tensor:
+    return ids[:, None, :, None] == ids[:, None, None, :]
+
+
+def written_runs(x: torch.Tensor) -> torch.Tensor:
+    ids = runs(x)
+    ids[:, 2:] = 7
+    return same_run(ids) & (x[:, None, None, :] <= x[:, None, :, None])
+
+
+def shifted_runs(x: torch.Tensor) -> torch.Tensor:
+    positions = x + 1
+    return same_run(runs(positions)) & (positions[:, None, None, :] <= positions[:, None, :, None])
+
+
+def doubled_runs(x: torch.Tensor) -> torch.Tensor:
+    positions = x + x.flip(0)
+    return same_run(runs(positions)) & (positions[:, None, None, :] <= positions[:, None, :, None])
+
+
+def chosen_runs(x: torch.Tensor) -> torch.Tensor:
+    positions = torch.where(KEY() > 2, x, 0)
+    return same_run(runs(positions)) & (positions[:, None, None, :] <= positions[:, None, :, None])
+
+
+def runs_with_a_limit_on_the_query(x: torch.Tensor) -> torch.Tensor:
+    return same_run(runs(x)) & (x[:, None, :, None] <= 1)
+
+
+NEAR_RUNS: dict[str, Build] = {
+    "ids that were written": written_runs,
+    "positions that are moved": shifted_runs,
+    "positions that are added": doubled_runs,
+    "positions by cases": chosen_runs,
+    "a limit on the query's position": runs_with_a_limit_on_the_query,
+    "ids from outside": lambda x: same_run(x) & (x[:, None, None, :] <= x[:, None, :, None]),
+    "every other query's id": lambda x: x.repeat(1, 2)[:, None, ::2, None] == x[:, None, None, :],
+    "every other key's id": lambda x: x[:, None, :, None] == x.repeat(1, 2)[:, None, None, ::2],
+    "ids that differ by one": lambda x: x[:, None, :, None] == x[:, None, None, :] + 1,
+    "ids of which one is doubled": lambda x: x[:, None, :, None] == 2 * x[:, None, None, :],
+    "ids with the wrong sign": lambda x: x[:, None, :, None] == -x[:, None, None, :],
+    "chunks that move with a key": lambda x: (KEY() + x[:, None, None, :]) // 2 == QUERY() // 2,
+    "chunks that move with a query": lambda x: KEY() // 2 == (QUERY() + x[:, None, :, None]) // 2,
+}
+
+
+@pytest.mark.parametrize("name", NEAR_RUNS)
+def test_near_misses_of_packed_sequences_and_chunks_are_exact_or_dense(name: str) -> None:
+    for positions in ([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]], [[3, 1, 2, 0, 0, 2], [2, 1, 0, 3, 3, 1]]):
+        prove_and_check(NEAR_RUNS[name], SQUARE, torch.tensor(positions))
+
+
+NOT_A_NUMBER, HALF = math.nan, 2.5
+EDGES: dict[str, tuple[bool, Build]] = {
+    "the diagonal": (True, lambda: KEY() == QUERY()),
+    "an equation without a solution": (False, lambda: 2 * KEY() == 2 * QUERY() + 1),
+    "a limit that moves twice as fast": (False, lambda: KEY() <= 2 * QUERY()),
+    "a limit that moves backwards": (False, lambda: KEY() <= 5 - QUERY()),
+    "twice a chunk": (False, lambda: 2 * (KEY() // 2) == QUERY() // 2),
+    "chunks of two sizes": (False, lambda: QUERY() // 3 == KEY() // 2),
+    "chunks of even keys": (False, lambda: 2 * KEY() // 3 == QUERY() // 3),
+    "chunks of even queries": (False, lambda: 2 * QUERY() // 5 == KEY() // 5),
+    "the larger of two booleans": (False, lambda: torch.maximum(KEY() > QUERY(), KEY() < 3)),
+    "a sum of booleans": (False, lambda: torch.add(KEY() > 2, KEY() > 4)),
+    "a difference with a factor": (False, lambda: torch.rsub(KEY(), QUERY(), alpha=2) >= 0),
+    "bits of integers": (False, lambda: (KEY() & 2) == 0),
+    "all bits of an integer": (False, lambda: ~KEY() < -QUERY()),
+    "a start that is no integer": (False, lambda: torch.arange(0.5, 6.0) <= 3),
+    "a step that is no integer": (False, lambda: torch.arange(0, 3, 0.5) <= 1),
+    "an index by cases": (False, lambda: (KEY() > 2)[torch.where(KEY() > 3, KEY(), 0)]),
+    "a gather of nothing": (False, lambda: torch.gather(torch.ones(()), 0, torch.zeros((), dtype=torch.int64)) > 0),
+    "an empty vector in front": (False, lambda: torch.cat([torch.ones(0), torch.ones(6, 6).tril()], 1) > 0),
+    "a padding that repeats": (
+        False,
+        lambda: F.pad(torch.arange(4.0)[None, None], (1, 1), mode="circular")[0] >= QUERY() - 3,
+    ),
+    "a second difference": (False, lambda: torch.diff(torch.arange(8), n=2) >= QUERY() - 3),
+    "a difference with an end": (False, lambda: torch.diff(KEY(), append=torch.zeros(1, dtype=torch.int64)) > 0),
+    "a difference with two beginnings": (False, lambda: torch.diff(torch.arange(5), prepend=torch.arange(2)) > 0),
+    "a difference of booleans": (False, lambda: torch.diff(torch.arange(7) > 3)),
+    "a vector transposed": (True, lambda: KEY().t() <= QUERY()),
+    "a slice that begins before the start": (True, lambda: KEY()[-10:] <= QUERY()),
+    "a number cut to an integer": (False, lambda: torch.full((6,), HALF).to(torch.int64) < KEY()),
+    "complex positions": (False, lambda: KEY().to(torch.complex64) == QUERY()),
+    "a complex constant": (False, lambda: torch.tensor(0j) == KEY()),
+    "the larger of a number and NaN": (False, lambda: torch.maximum(torch.full((6,), NOT_A_NUMBER), KEY() + 0.5) >= 0),
+    "the larger of NaN and a number": (False, lambda: torch.maximum(KEY() + 0.5, torch.full((6,), NOT_A_NUMBER)) >= 0),
+    "the larger of two constants": (
+        False,
+        lambda: torch.maximum(torch.full((6,), HALF), torch.full((6,), NOT_A_NUMBER)) < KEY(),
+    ),
+    "NaN below": (False, lambda: torch.full((6,), NOT_A_NUMBER) > QUERY()),
+    "NaN above": (False, lambda: torch.full((6, 1), NOT_A_NUMBER) < KEY() + 0.5),
+    "a constant that is true": (True, lambda: torch.tensor(True) & (KEY() <= QUERY())),
+    "constants of several entries": (False, lambda: torch.tensor([True, False, True, True, False, True]) & (KEY() > 1)),
+    "too many cases": (False, lambda: sum(torch.where(KEY() > i, 2**i, 0) for i in range(6)) < 9),
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_masks_at_the_edge_of_an_operators_meaning_are_exact(name: str) -> None:
+    proved, build = EDGES[name]
+    form = prove_and_check(build, SQUARE)
+    assert form.proved or not proved
+
+
+BIASES: dict[str, Build] = {
+    "twice a bias": lambda bias: torch.add(torch.zeros(6), bias, alpha=2),
+    "a bias between two limits": lambda bias: bias.clamp(-1.0, 0.0),
+    "positions up to a limit of run time": lambda bias: KEY().float().clamp(max=bias[0, 0].to(torch.int64)),
+    "the larger of a bias and zero": lambda bias: torch.maximum(bias, torch.zeros(6)),
+    "the larger of zero and a bias": lambda bias: torch.maximum(torch.zeros(6), bias),
+    "a bias joined with integers": lambda bias: torch.cat(
+        [torch.zeros(1), bias[0, :2].to(torch.int64), torch.zeros(1), bias[0, 2:4]]
+    ),
+    "a bias behind a dimension too many": lambda bias: bias.expand(1, 1, 1, 6, 6),
+}
+
+
+@pytest.mark.parametrize("name", BIASES)
+def test_biases_that_almost_are_masks_stay_biases(name: str) -> None:
+    assert prove(trace(BIASES[name], torch.randn(6, 6)), SQUARE, "add").bias is not None
+
+
+@pytest.mark.parametrize("value", [0.5, 0.0])
+def test_a_boolean_mask_filled_with_a_float_of_run_time_is_dense(value: float) -> None:
+    def build(fill: torch.Tensor) -> torch.Tensor:
+        return (KEY() <= QUERY()).masked_fill(KEY() > 2, fill)
+
+    assert prove_and_check(build, SQUARE, torch.tensor(value)).dense is not None
+
+
+def test_a_boolean_mask_of_five_dimensions_is_left() -> None:
+    form = prove(trace(lambda m: m.expand(1, 1, 1, 6, 6), bool_input(6, 6)), SQUARE)
+    assert form.dense is not None and "broadcast" in form.unproved
+
+
+UNKNOWN_SIZES: dict[str, Build] = {
+    "a row of unknown sign": lambda m, n: m[n - 3],
+    "rows from an unknown sign on": lambda m, n: m[:, n - 3 :][:, : n // 5],
+    "every n-th key": lambda m, n: m[:, ::n],
+    "a view of sizes that do not group": lambda m, n: m.flatten()[: n + 1],
+    "half a length": lambda m, n: torch.arange(6) <= n / 2,
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN_SIZES)
+def test_sizes_of_run_time_that_are_not_understood_leave_the_mask_as_it_is(name: str) -> None:
+    inputs = (bool_input(6, 6), 5)
+    module = trace_dynamic(UNKNOWN_SIZES[name], *inputs)
+    keys = int(UNKNOWN_SIZES[name](*inputs).shape[-1])
+    form = prove(module, (1, 1, 6, keys))
+    check(module, form, (1, 1, 6, keys), inputs, "keep")

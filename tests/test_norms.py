@@ -162,6 +162,28 @@ def test_a_cast_that_others_read_stays_in_the_graph() -> None:
     assert backend.replaced == 1 and backend.regions[0].inputs[0].op == "placeholder"
 
 
+def _of_integers(x, w):
+    y = (x * 9).to(torch.int64).float()
+    return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-5)).to(torch.int64)
+
+
+def _times_a_matrix(x, w):
+    y = x.float()
+    return y.sin() * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-5))
+
+
+def _times_a_number(x, w):
+    y = x.float()
+    return 2.0 * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-5))
+
+
+@pytest.mark.parametrize("fn", [_of_integers, _times_a_matrix, _times_a_number], ids=lambda fn: fn.__name__)
+def test_a_norm_ends_where_something_else_follows(fn: Callable[..., Any]) -> None:
+    compiled, backend = swap(fn)
+    assert_same_bits(compiled(*inputs()), fn(*inputs()))
+    assert backend.replaced == 1 and backend.regions[0].op.weight is None
+
+
 # Not a norm at all: no region is made of it.
 def _mean_over_rows(x, w):
     y = x.float()
@@ -226,7 +248,20 @@ def _layer_norm(x, w):
     return w * (y * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
 
 
+def _root_is_added(x, w):
+    y = x.float()
+    return w * (y + torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+
+
+def _mean_in_float64(x, w):
+    y = x.float()
+    root = torch.rsqrt(y.pow(2).mean(-1, keepdim=True, dtype=torch.float64) + 1e-5)
+    return w * (y * root).to(x.dtype)
+
+
 NEAR_MISSES = [
+    _root_is_added,
+    _mean_in_float64,
     _mean_over_rows,
     _mean_over_all,
     _eps_outside_the_root,
@@ -283,7 +318,14 @@ def _eps_from_a_tensor(x, w):
     return w * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + w[0].float().abs())).to(x.dtype)
 
 
+def _of_nothing(x, w):
+    return torch.nn.functional.rms_norm(x[:0], x.shape[-1:], w)
+
+
 DECLINED = [
+    (lambda x, w: torch.nn.functional.rms_norm(torch.complex(x.float(), x.float()), w.shape), "dtype torch.complex64"),
+    (lambda x, w: torch.nn.functional.rms_norm(x.float(), w.shape, w.double()), "a wider dtype than the computation"),
+    (_of_nothing, "there is nothing to compute"),
     (_in_bfloat16, "computes in torch.bfloat16"),
     (_stays_in_float32, "takes torch.bfloat16 and gives torch.float32"),
     (_statistic_is_returned, "an inner value is used elsewhere"),
