@@ -61,7 +61,24 @@ _SCALAR = "tracing makes a plain number of this argument"
 _DEVICE = "PyTorch refuses tensors of several devices"
 _LATER = "a later step declines the same graphs"
 _PURE = "saves work only"
+_NEXT = "the conditions that follow hold for the same graphs"
 EQUIVALENT: dict[str, str] = {
+    "attention.py _require_stacking: not fits": _NEXT,
+    "attention.py _einsum_form: not len(left) == len(right) == len(output) == 4": _NEXT,
+    "cache.py _is_last: len(indices) != 3": _NEXT,
+    "cache.py _is_last: any(i is not None for i in indices[:2])": _NEXT,
+    "heads.py _expand_reshape: outer.dim() != 4": _NEXT,
+    "heads.py _expand_reshape: wide.dim() != 5": _NEXT,
+    'heads.py _repeat_interleave: known["dim"] is None': "without a dimension the result has one dimension",
+    "heads.py _one_head: not same(shape.shape[1], 1)": "an expansion of several heads keeps their number",
+    "mask_evaluation.py boolean: value is None": _PURE,
+    'mask_evaluation.py constant_tensor: node.op != "get_attr"': _NEXT,
+    "mask_evaluation.py constant_tensor: not isinstance(tensor, torch.Tensor)": _NEXT,
+    "mask_evaluation.py constant_tensor: tensor.dtype == torch.bool": "one and zero are read as booleans",
+    "mask_form.py _place_chunk: abs(keys[0][1]) != 1": _NEXT,
+    "mask_form.py _place_chunk: self._coefficient(key.value, self.k) != 1": _NEXT,
+    "mask_form.py _place_chunk: not self.e.one_query and self._coefficient(query.value, self.q) != 1": _NEXT,
+    "mask_form.py _place_chunk: origin is None": "what stands in the origin stands in the offset, too",
     "attention.py _read_sdpa: scale is None": _SCALAR,
     "attention.py _tensors: q is None": _TENSOR,
     "attention.py _tensors: k is None": _TENSOR,
@@ -267,7 +284,15 @@ if "LZ_MUTATION_TRACE" in os.environ:  # as a plugin of pytest
 
 
 # Imported before the forks; conftest first, it says how Triton is to be imported.
-_IMPORTED = ["conftest", "torch._dynamo", "torch._inductor.compile_fx", "transformers.models.llama.modeling_llama"]
+_IMPORTED = [
+    "conftest",
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "torch.fx.experimental.proxy_tensor",
+    "transformers.models.llama.modeling_llama",
+    "hypothesis.strategies",
+    "pytest",
+]
 _FORKS = multiprocessing.get_context("forkserver")
 
 
@@ -361,7 +386,18 @@ def _run_tests(folder: Path, tests: list[str], answer: Any) -> None:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     failures = Failures()
-    quiet = ["-q", "-x", "--no-header", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-seed=0"]
+    quiet = [
+        "-q",
+        "-x",
+        "--no-header",
+        "--tb=short",
+        "--assert=plain",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "--hypothesis-seed=0",
+    ]
     code = pytest.main([*quiet, *tests], plugins=[failures])
     answer.send((int(code), failures.first))
 

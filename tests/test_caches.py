@@ -482,7 +482,7 @@ def test_a_row_that_all_positions_of_a_head_get_is_no_rolled_window() -> None:
 
 def test_a_rolled_tensor_of_three_dimensions_is_no_window() -> None:
     def rolled_rows(keys: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        moved = keys.roll(-1, dims=-1)
+        moved = keys.roll(-1, dims=2)
         moved[:, :, torch.tensor([-1])] = new
         return keys.copy_(moved)
 

@@ -505,10 +505,12 @@ REPEATS: dict[str, Function] = {
 def test_heads_that_are_repeated_another_way_give_eagers_answer(name: str) -> None:
     repeat = REPEATS[name]
 
-    def attention(q, k, v):
-        return F.scaled_dot_product_attention(q, repeat(k), repeat(v))
+    def attention(q, k, v, mask):
+        return F.scaled_dot_product_attention(q, repeat(k), repeat(v), attn_mask=mask)
 
-    assert groups(road_of(attention, *qkv((H, 2, 2)))) == [str(H)]
+    # Without a mask, keys that are there twice change nothing.
+    inputs, keep = qkv((H, 2, 2)), values(B, H, M, N, seed=9) > 0
+    assert groups(road_of(attention, *inputs, keep)) == [str(H)]
 
 
 def test_a_whole_slice_between_is_no_repetition_of_its_own() -> None:
@@ -520,11 +522,11 @@ def test_a_whole_slice_between_is_no_repetition_of_its_own() -> None:
 
 
 def test_keys_that_are_repeated_one_head_behind_the_other_are_more_keys() -> None:
-    def longer(q, k, v):
+    def longer(q, k, v, mask):
         k, v = (x[:, :, None].expand(B, 2, G, N, D).reshape(B, 2, G * N, D) for x in (k, v))
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-    assert groups(road_of(longer, *qkv((2, 2, 2)))) == ["2"]
+    assert groups(road_of(longer, *qkv((2, 2, 2)), values(M, G * N) > 0)) == ["2"]
 
 
 def test_repeated_heads_that_are_stacked_with_the_batch_give_eagers_answer() -> None:
