@@ -11,18 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from lz_compile.lowering.activations import ACTIVATIONS
+from lz_compile.lowering.moe import moe_meaning
+from lz_compile.moe import Moe
 from lz_compile.pointwise import Activation, Cast, Glu, RmsNorm, Rope
 from lz_compile.region import Region, Work
-
-_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-}
 
 
 def rms_norm(
@@ -43,7 +38,7 @@ def rms_norm(
 
 def glu(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
     """:class:`~lz_compile.pointwise.Glu`: ``activation(gate) * up``, all of one shape and dtype."""
-    return _ACTIVATIONS[activation](gate) * up
+    return ACTIVATIONS[activation](gate) * up
 
 
 def glu_packed(packed: torch.Tensor, activation: Activation) -> torch.Tensor:
@@ -67,6 +62,8 @@ def meaning(region: Region) -> Callable[..., torch.Tensor]:
         if op.packed is not None:
             return lambda packed: glu_packed(packed, op.activation)
         return lambda gate, up: glu(gate, up, op.activation)
+    if isinstance(op, Moe):
+        return moe_meaning(region)
     assert isinstance(op, Rope)
     return rope
 

@@ -100,7 +100,7 @@ def _transform(normal: fx.GraphModule, report: GraphReport, inductor: dict[str, 
     from lz_compile.measure import Terms
     from lz_compile.needed_rows import trim
     from lz_compile.patterns.attention import find_attention
-    from lz_compile.patterns.pointwise import POINTWISE
+    from lz_compile.patterns.pointwise import NAMED, POINTWISE, spans
     from lz_compile.patterns.rope_tables import find_rope_tables
     from lz_compile.plan import Market, joint
     from lz_compile.policy import active
@@ -128,8 +128,10 @@ def _transform(normal: fx.GraphModule, report: GraphReport, inductor: dict[str, 
         receipt.note = f"{len(regions)} attention sites"
         if regions and "rope_table" in config.kinds:
             regions += find_rope_tables(normal.graph, module_path)
-        for kind in sorted({kernel.kind for kernel in running} & set(config.kinds) & set(POINTWISE)):
+        wanted = ({kernel.kind for kernel in running} | NAMED) & set(config.kinds) & set(POINTWISE)
+        for kind in sorted(wanted):
             regions += POINTWISE[kind](normal.graph, aliases, module_path)
+        spans(regions)
     if not regions:
         report.reason = report.reason or ("" if trimmed or shifted else "nothing to replace")
         return int(bool(trimmed)) + shifted

@@ -637,11 +637,12 @@ def policy_check(file: Annotated[str, typer.Argument(help="A policy in YAML.")],
     """Everything that is wrong with a policy.  Exit code 1 for errors, 0 for none or warnings."""
     from lz_compile import config
     from lz_compile.lowering.kernels import status
+    from lz_compile.patterns.pointwise import POINTWISE
     from lz_compile.policy import Policy, PolicyError, check
 
     with _json_only(as_json), _quiet():
         known = [kernel for entry in status() if entry.provider for kernel in entry.provider.kernels]
-        kinds = list(dict.fromkeys([*config.kinds, *(kernel.kind for kernel in known)]))
+        kinds = list(dict.fromkeys([*config.kinds, *POINTWISE, *(kernel.kind for kernel in known)]))
         problems = check(file, [kernel.name for kernel in known], kinds)
     warnings = [problem for problem in problems if ": warning: " in problem]
     errors = [problem for problem in problems if problem not in warnings]

@@ -32,7 +32,8 @@ policy: str = ""
 trim_rows: bool = True
 
 # Region kinds to look for; an empty list leaves every graph to Inductor.  Not among them unless asked for:
-# "rolled_window", by which a full sliding cache on CUDA moves its rows in place.
+# "rolled_window", by which a full sliding cache on CUDA moves its rows in place, and "moe", mixtures of experts, which
+# Inductor runs as long as no kernel for them is registered.
 kinds: list[str] = ["attention", "rope_table", "rms_norm", "glu", "rope"]
 
 # Values of settings that take one of a few words.

@@ -36,9 +36,10 @@ _SITES = {
     "norm": re.compile(r"norm", re.IGNORECASE),
     "mlp": re.compile(r"mlp|feedforward|ffn|experts$", re.IGNORECASE),
     "rope": re.compile(r"rotary|rope", re.IGNORECASE),
+    "moe": re.compile(r"experts$", re.IGNORECASE),
 }
 # The kinds of regions that stand for a site of the tree.
-_REGIONS = {"norm": "rms_norm", "mlp": "glu", "rope": "rope"}
+_REGIONS = {"norm": "rms_norm", "mlp": "glu", "rope": "rope", "moe": "moe"}
 
 
 @dataclass

@@ -16,6 +16,7 @@ import torch
 import torch.fx as fx
 
 from lz_compile.aliasing import Aliases
+from lz_compile.moe import Moe
 from lz_compile.qualify import Problem, largest_excess
 from lz_compile.region import Region
 from lz_compile.specimen import (
@@ -70,17 +71,40 @@ class PointwiseSpecimen(Specimen):
         return emitted(module, emit, make_emitter, region)
 
     def inputs_of(self, kind: Draw, seed: int) -> list[torch.Tensor]:
-        """Normal values; ``"other"`` draws are ten times as large and off centre."""
+        """Normal values; ``"other"`` draws are ten times as large and off centre.  Integers are a choice of experts."""
         generator = torch.Generator(self.device).manual_seed(zlib.crc32(f"{kind} {seed}".encode()))
         result = []
         for node in self.sources:
             layout = self.layouts[node]
             assert isinstance(layout, Layout)
-            value = torch.randn(layout.sizes, generator=generator, device=layout.device)
             tensor = layout.empty()
+            if isinstance(self.region.op, Moe):
+                fill(tensor, _routed(self.region.op, node, layout, kind, generator))
+                result.append(tensor)
+                continue
+            value = torch.randn(layout.sizes, generator=generator, device=layout.device)
             fill(tensor, value if kind == "typical" else 10 * value + 3)
             result.append(tensor)
         return result
+
+
+def _routed(op: Moe, node: fx.Node, layout: Layout, kind: Draw, generator: torch.Generator) -> torch.Tensor:
+    """A value for an input of a mixture of experts.
+
+    Every token chooses among all experts, or in ``"other"`` draws only among as many as it needs, so that the rest have
+    none.  Products of normal tokens have deviation one: expert weights are scaled by their input's width.
+    """
+    normal = torch.randn(layout.sizes, generator=generator, device=layout.device)
+    if node is op.indices:
+        among = op.experts if kind == "typical" else op.top_k
+        scores = torch.rand((layout.sizes[0], among), generator=generator, device=layout.device)
+        return scores.argsort(-1)[:, : op.top_k] + (op.experts - among)
+    if node is op.weights:
+        return normal.softmax(-1)
+    for weight, order in ((op.gate_up, op.gate_up_layout), (op.down, op.down_layout)):
+        if node is weight:
+            return normal / layout.sizes[2 if order == "out, in" else 1] ** 0.5
+    return normal if kind == "typical" else 3 * normal + 1
 
 
 class PointwiseReference:
@@ -101,7 +125,8 @@ class PointwiseReference:
         if problem.draw not in self._answers:
             by_node = dict(zip(self.specimen.sources, inputs))
             try:
-                wide = [by_node[node].double() for node in self.specimen.region.inputs]
+                values = [by_node[node] for node in self.specimen.region.inputs]
+                wide = [value.double() if value.is_floating_point() else value for value in values]
                 self._answers[problem.draw] = self.meaning(*wide)
             except torch.OutOfMemoryError:
                 raise

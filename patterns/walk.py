@@ -70,6 +70,13 @@ def fake(node: Any) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def tensor(node: Any) -> torch.Tensor:
+    """The fake tensor of a node that is known to be one."""
+    value = fake(node)
+    assert value is not None, f"{node} is not a tensor"
+    return value
+
+
 def same(a: Any, b: Any) -> bool:
     """True when two sizes are known to be equal, without adding a guard."""
     return bool(statically_known_true(a == b))

@@ -53,7 +53,7 @@ def test_three_architectures_are_covered_and_a_second_run_takes_them_from_the_fi
         "vit forward": (2, 2),
     }
     assert calls["llama forward"]["masks"] == {"proved": 2} and calls["vit forward"]["masks"] == {"none": 2}
-    assert calls["llama forward"]["regions"] == {"norm": 5, "mlp": 2, "rope": 4}
+    assert calls["llama forward"]["regions"] == {"norm": 5, "mlp": 2, "rope": 4, "moe": 0}
     assert all(0 < call["error"] <= 1.5 * call["eager_error"] + 1e-6 for call in calls.values())
     assert all(call["reference"] == "float64" for call in calls.values())
     assert document["summary"]["share"] == 1.0 and document["summary"]["wrong"] == 0
