@@ -266,17 +266,17 @@ def matrix(name: str) -> list[Workload]:
             replace(prefill, batch=8, sequence=1024, padding="right:0.5"),
         ]
     if name == "h200-architectures":
-        half = {"dtype": "bfloat16"}
-        decode = {"phase": "decode", "batch": 8, "cache": 8192, "position": 1000, "backends": DECODE_BACKENDS, **half}
-        forward = {"phase": "forward", "backends": PREFILL_BACKENDS, **half}
-        experts = {"num_local_experts": 8}
-        oss = from_preset("gpt-oss-20b", layers=4, **decode)
+        half: dict[str, Any] = {"dtype": "bfloat16"}
+        step: dict[str, Any] = {"phase": "decode", "batch": 8, "cache": 8192, "position": 1000, **half}
+        step["backends"] = DECODE_BACKENDS
+        forward: dict[str, Any] = {"phase": "forward", "backends": PREFILL_BACKENDS, **half}
+        oss = from_preset("gpt-oss-20b", layers=4, **step)
         return [
-            from_preset("gemma2-9b", layers=8, **decode),
+            from_preset("gemma2-9b", layers=8, **step),
             from_preset("gemma2-9b", layers=8, sequence=4096, **forward),
             from_preset("bert-large", batch=32, sequence=512, padding="right:ragged", **forward),
-            replace(oss, overrides={**oss.overrides, **experts}),
-            from_preset("deepseek-v3-dense", **decode),
+            replace(oss, overrides={**oss.overrides, "num_local_experts": 8}),
+            from_preset("deepseek-v3-dense", **step),
         ]
     raise SystemExit(f"unknown matrix {name!r}; known: cpu, h200, h200-architectures")
 
