@@ -92,7 +92,8 @@ def improve(
     return rewritten
 
 
-def _transform(normal: fx.GraphModule, report: GraphReport, inductor: dict[str, Any]) -> int:
+def _transform(normal: fx.GraphModule, report: GraphReport, inductor: dict[str, Any]) -> bool:
+    """Changes the graph by what was found in it; whether anything was."""
     from lz_compile.graph_safety import skipped_reasons
     from lz_compile.lowering.emit import Emitter
     from lz_compile.lowering.inductor import as_it_stood
@@ -134,7 +135,7 @@ def _transform(normal: fx.GraphModule, report: GraphReport, inductor: dict[str, 
         spans(regions)
     if not regions:
         report.reason = report.reason or ("" if trimmed or shifted else "nothing to replace")
-        return int(bool(trimmed)) + shifted
+        return bool(trimmed or shifted)
     with report.step("plan") as receipt:
         graphs = _uses_cuda_graphs(inductor)
         terms = Terms(config.measure, config.measure_budget, graphs, inductor, Emitter, laid_out)
@@ -153,7 +154,7 @@ def _transform(normal: fx.GraphModule, report: GraphReport, inductor: dict[str, 
         replaced = rewrite(normal, aliases, plan, Emitter)
         receipt.note = f"{replaced} of {len(regions)} regions replaced"
     report.regions = _settled(described, plan)
-    return replaced + int(bool(trimmed)) + shifted
+    return bool(replaced or trimmed or shifted)
 
 
 def _shift_windows(graph: fx.Graph, aliases: Aliases, make_emitter: Callable[..., Any]) -> int:

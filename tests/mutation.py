@@ -24,7 +24,6 @@ import ast
 import json
 import multiprocessing
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -206,14 +205,7 @@ def without(source: str, guard: Guard) -> str:
 def stage(folder: Path) -> Path:
     """A copy of the package in its installed shape."""
     tree = folder / "tree"
-    shutil.rmtree(tree, ignore_errors=True)
-    shutil.copytree(ROOT / "lz_compile", tree / "lz_compile")
-    for part in ("patterns", "lowering"):
-        shutil.copytree(ROOT / part, tree / "lz_compile" / part)
-    entry = tree / "lz_compile-0.dist-info"
-    entry.mkdir()
-    (entry / "METADATA").write_text("Metadata-Version: 2.1\nName: lz-compile\nVersion: 0\n")
-    (entry / "entry_points.txt").write_text("[torch_dynamo_backends]\nlayerzero = lz_compile.backend:layerzero\n")
+    subprocess.run(["make", "-s", "stage", "VENV=none", f"TREE={tree}"], cwd=ROOT, check=True)
     return tree
 
 
