@@ -11,11 +11,15 @@ from lz_compile.region import Attention, Kernel, Provider, Region, Verdict, Work
 
 VERSION = "3"
 _DECODE_QUERIES = 16
-_HEAD_SIZES = range(16, 257)
+_LEAST_HEAD_SIZE = 16
+_HEAD_SIZE = 256
+# Of split_kv: a head of latents with 64 rotated columns (DeepSeek-V3), whose tiles fit into an SM's shared memory.
+SPLIT_KEY_SIZE = 576
+SPLIT_VALUE_SIZE = 512
 
 
-def _common(region: Region) -> Verdict:
-    """What both kernels ask for."""
+def _common(region: Region, key_size: int, value_size: int) -> Verdict:
+    """What both kernels ask for; the sizes are the largest that they take."""
     a = region.attention
     assert a is not None
     q, k, v = a.fake()
@@ -28,9 +32,10 @@ def _common(region: Region) -> Verdict:
         return missing
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"does not take {q.dtype}"
-    for tensor in (k, v):
-        if not isinstance(tensor.shape[3], int) or tensor.shape[3] not in _HEAD_SIZES:
-            return f"head size {tensor.shape[3]} is not in 16 to 256"
+    for tensor, most in ((k, key_size), (v, value_size)):
+        size = tensor.shape[3]
+        if not isinstance(size, int) or not _LEAST_HEAD_SIZE <= size <= most:
+            return f"head size {size} is not in {_LEAST_HEAD_SIZE} to {most}"
     if any(not _last_is_one(x) for x in (q, k, v)):
         return "the head dimension is strided"
     if len(a.mask.documents) > 1:
@@ -48,7 +53,7 @@ def _few_queries(a: Attention) -> bool:
 
 
 def _supports_split_kv(region: Region) -> Verdict:
-    why_not = _common(region)
+    why_not = _common(region, SPLIT_KEY_SIZE, SPLIT_VALUE_SIZE)
     if why_not:
         return why_not
     a = region.attention
@@ -57,9 +62,9 @@ def _supports_split_kv(region: Region) -> Verdict:
         return f"is for up to {_DECODE_QUERIES} queries"
     if a.mask.documents:
         return "does not take packed documents"
-    group = a.query_heads // a.kv_heads
-    if group * a.queries > 128:
-        return "more than 128 query rows for one key/value head"
+    rows = a.query_heads // a.kv_heads * a.queries
+    if rows > 128 and a.fake()[1].shape[3] <= _HEAD_SIZE:
+        return "more than 128 query rows for one key/value head"  # tiles are for these, up to their head size
     return None
 
 
@@ -70,7 +75,7 @@ def _skips_tiles(a: Attention) -> bool:
 
 
 def _supports_tiled(region: Region) -> Verdict:
-    why_not = _common(region)
+    why_not = _common(region, _HEAD_SIZE, _HEAD_SIZE)
     if why_not:
         return why_not
     a = region.attention

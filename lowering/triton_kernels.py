@@ -255,6 +255,7 @@ def split_kernel(
     DV: tl.constexpr,
     BLOCK_DK: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -265,6 +266,9 @@ def split_kernel(
     PRECISION: tl.constexpr,
 ):
     """One split of the keys, for up to ROWS of the GROUP * queries rows that share one key/value head.
+
+    With BLOCK_TAIL the products of queries and keys run over BLOCK_DK columns and then over the BLOCK_TAIL that follow:
+    576 columns of a latent attention are 512 and 64, not 1024.
 
     Grid: (row blocks * SPLITS, Hkv, B).  Writes, contiguous over [B, Hq, queries, SPLITS]: the largest score, the sum
     of the exponentials, and the weighted sum of values [.., DV] before division; a split without keys writes no values.
@@ -300,7 +304,10 @@ def split_kernel(
     column_k = tl.arange(0, BLOCK_DK)
     column_v = tl.arange(0, BLOCK_DV)
     query_rows = batch64 * stride_qb + head.to(tl.int64) * stride_qh + position.to(tl.int64) * stride_qm
-    q = load_tile(query, query_rows[:, None] + column_k[None, :], alive, column_k < DK, True, BLOCK_DK != DK)
+    q = load_tile(query, query_rows[:, None] + column_k[None, :], alive, column_k < DK, True, BLOCK_DK > DK)
+    if BLOCK_TAIL > 0:
+        column_t = BLOCK_DK + tl.arange(0, BLOCK_TAIL)
+        q_tail = load_tile(query, query_rows[:, None] + column_t[None, :], alive, column_t < DK, True, True)
     mask_rows = batch64 * stride_mask_b + head.to(tl.int64) * stride_mask_h + position.to(tl.int64) * stride_mask_m
     key_base = key + batch64 * stride_kb + tl.cast(kv_head, tl.int64) * stride_kh
     value_base = value + batch64 * stride_vb + tl.cast(kv_head, tl.int64) * stride_vh
@@ -316,9 +323,13 @@ def split_kernel(
         index = start + tile_row
         inside = index < end
         start64 = tl.cast(start, tl.int64)
-        k = load_tile(key_base + start64 * stride_kn, key_offsets, inside, column_k < DK, True, BLOCK_DK != DK)
+        k = load_tile(key_base + start64 * stride_kn, key_offsets, inside, column_k < DK, True, BLOCK_DK > DK)
         v = load_tile(value_base + start64 * stride_vn, value_offsets, inside, column_v < DV, True, BLOCK_DV != DV)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if BLOCK_TAIL > 0:
+            tail_offsets = tile_row[:, None] * stride_kn + column_t[None, :]
+            k_tail = load_tile(key_base + start64 * stride_kn, tail_offsets, inside, column_t < DK, True, True)
+            scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision=PRECISION)
         scores = shape_scores(scores, scale, softcap, SOFTCAP, MASK_KIND)
         scores = mask_scores(
             scores,

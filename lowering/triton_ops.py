@@ -94,6 +94,8 @@ def split_config(dtype: torch.dtype, head_size: int) -> SplitConfig:
     """Tile sizes of ``split_kv``: about 64 KiB to 96 KiB of keys and values in flight, so that two programs fit on
     one SM and hide each other's prologue; decode only waits for memory."""
     block = _power_of_two(head_size)
+    if block > MAX_HEAD_SIZE:
+        return SplitConfig(16, 0, 8, 1) if dtype == torch.float32 else SplitConfig(32, 0, 8, 2)
     if dtype == torch.float32:
         return SplitConfig(32 if block <= 128 else 16, 0, 8, 2)
     return SplitConfig(64 if block <= 128 else 32, 0, 4, 3)
@@ -131,7 +133,8 @@ def split_kv(
 ) -> torch.Tensor:
     """``attend`` for few queries, without documents: the keys that ``bounds`` leave are split over many programs.
 
-    Takes any strides with the last one of query, key and value 1; float32, float16, bfloat16; head sizes up to 256.
+    Takes any strides with the last one of query, key and value 1; float32, float16, bfloat16; head sizes up to 576 of
+    keys and 512 of values.
     """
     launchers = (split_kernel, combine_kernel)
     numbers = (scale, softcap, chunk, empty_row)
@@ -254,6 +257,7 @@ def _run_split_kv(
     group = int(heads) // kv_heads
     config = config or split_config(query.dtype, max(head_size, value_size))
     rows = min(_power_of_two(group * queries), _split_rows(query.dtype, max(head_size, value_size)))
+    block_k, block_tail = _key_blocks(head_size)
     row_blocks = _ceil_div(group * queries, rows)
     splits = config.splits or split_count(
         batch, kv_heads * row_blocks, keys, config.block_n, _multiprocessors(query.device)
@@ -284,7 +288,6 @@ def _run_split_kv(
         "GROUP": group,
         "DK": head_size,
         "DV": value_size,
-        "BLOCK_DK": _power_of_two(head_size),
         "BLOCK_DV": _power_of_two(value_size),
         "MASK_KIND": mask_kind,
         "SOFTCAP": softcap != 0.0,
@@ -295,6 +298,8 @@ def _run_split_kv(
         key_mask=query if key_mask is None else key_mask,
         **_optional_strides("key_mask", key_mask, "bn"),
         factor=_exponent_factor(scale, softcap),
+        BLOCK_DK=block_k,
+        BLOCK_TAIL=block_tail,
         ROWS=rows,
         BLOCK_N=config.block_n,
         CHUNK=chunk,
@@ -310,7 +315,8 @@ def _run_split_kv(
         **_strides("o", out, "bhm"),
         BLOCK_SPLITS=_power_of_two(splits, 1),
         HEADS=heads,
-        BLOCK_N=32,
+        BLOCK_DK=_power_of_two(head_size),
+        BLOCK_N=32 if head_size <= MAX_HEAD_SIZE else 8,
         EMPTY_ROW=empty_row,
         **_sink_arguments(sink, query),
         num_warps=4,
@@ -427,6 +433,15 @@ def _exponent_factor(scale: float, softcap: float) -> float:
 def _dot_precision(dtype: torch.dtype) -> str:
     """Float32 inputs get float32 products, not TF32's; for other dtypes the setting says nothing."""
     return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def _key_blocks(head_size: int) -> tuple[int, int]:
+    """The columns of a key as one block, or for wide heads as the largest power of two in them and a block for the
+    rest."""
+    block = _power_of_two(head_size)
+    if head_size <= MAX_HEAD_SIZE or block == head_size:
+        return block, 0
+    return block // 2, _power_of_two(head_size - block // 2)
 
 
 def _split_rows(dtype: torch.dtype, head_size: int) -> int:

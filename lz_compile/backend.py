@@ -101,6 +101,7 @@ def _transform(normal: fx.GraphModule, report: GraphReport, inductor: dict[str, 
     from lz_compile.measure import Terms
     from lz_compile.needed_rows import trim
     from lz_compile.patterns.attention import find_attention
+    from lz_compile.patterns.latent import may_hold_latents
     from lz_compile.patterns.pointwise import NAMED, POINTWISE, spans
     from lz_compile.patterns.rope_tables import find_rope_tables
     from lz_compile.plan import Market, joint
@@ -118,6 +119,11 @@ def _transform(normal: fx.GraphModule, report: GraphReport, inductor: dict[str, 
         with report.step("rolled windows") as receipt:
             shifted = _shift_windows(normal.graph, Aliases(normal.graph), Emitter)
             receipt.note = f"{shifted} move in place"
+    absorbed = 0
+    if config.absorb_latents and "attention" in config.kinds and may_hold_latents(normal.graph):
+        with report.step("latents") as receipt:
+            absorbed = _absorb_latents(normal.graph, Aliases(normal.graph), Emitter)
+            receipt.note = f"{absorbed} attentions read them instead of expanding them"
     with report.step("libraries") as receipt:  # the first time on a machine each is tried out in a child process
         running = kernels()
         receipt.note = f"{len(running)} kernels"
@@ -134,8 +140,8 @@ def _transform(normal: fx.GraphModule, report: GraphReport, inductor: dict[str, 
             regions += POINTWISE[kind](normal.graph, aliases, module_path)
         spans(regions)
     if not regions:
-        report.reason = report.reason or ("" if trimmed or shifted else "nothing to replace")
-        return bool(trimmed or shifted)
+        report.reason = report.reason or ("" if trimmed or shifted or absorbed else "nothing to replace")
+        return bool(trimmed or shifted or absorbed)
     with report.step("plan") as receipt:
         graphs = _uses_cuda_graphs(inductor)
         terms = Terms(config.measure, config.measure_budget, graphs, inductor, Emitter, laid_out)
@@ -154,7 +160,7 @@ def _transform(normal: fx.GraphModule, report: GraphReport, inductor: dict[str, 
         replaced = rewrite(normal, aliases, plan, Emitter)
         receipt.note = f"{replaced} of {len(regions)} regions replaced"
     report.regions = _settled(described, plan)
-    return bool(replaced or trimmed or shifted)
+    return bool(replaced or trimmed or shifted or absorbed)
 
 
 def _shift_windows(graph: fx.Graph, aliases: Aliases, make_emitter: Callable[..., Any]) -> int:
@@ -170,6 +176,25 @@ def _shift_windows(graph: fx.Graph, aliases: Aliases, make_emitter: Callable[...
         for node in window.nodes:
             graph.erase_node(node)
     return len(windows)
+
+
+def _absorb_latents(graph: fx.Graph, aliases: Aliases, make_emitter: Callable[..., Any]) -> int:
+    """Attentions whose keys and values are made of latents read the latents; how many do."""
+    from lz_compile.lowering.latent import attend_to_latents, refuses_latents
+    from lz_compile.patterns.attention import find_attention
+    from lz_compile.patterns.latent import find_latents
+
+    found = find_latents(find_attention(graph, aliases, module_path), aliases)
+    latents = [latent for latent in found if refuses_latents(latent) is None]
+    emitter = make_emitter(graph, aliases)
+    for latent in latents:
+        output = latent.region.output
+        result = attend_to_latents(emitter, latent)
+        output.replace_all_uses_with(result if is_copied(output) else laid_out(emitter, output, result))
+        for node in (*reversed(latent.region.nodes), *reversed(latent.writes)):
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    return len(latents)
 
 
 def _uses_cuda_graphs(inductor: dict[str, Any]) -> bool:

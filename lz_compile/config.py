@@ -31,6 +31,10 @@ policy: str = ""
 # Compute only the rows that are read: behind `hidden_states[:, -1:]` the last layer runs on one token.
 trim_rows: bool = True
 
+# Attend to latents where keys and values are a linear map of them (DeepSeek's attention) and queries are few, instead
+# of expanding the whole cache for every head.
+absorb_latents: bool = True
+
 # Region kinds to look for; an empty list leaves every graph to Inductor.  Not among them unless asked for:
 # "rolled_window", by which a full sliding cache on CUDA moves its rows in place, and "moe", mixtures of experts, which
 # Inductor runs as long as no kernel for them is registered.

@@ -198,6 +198,24 @@ def test_head_sizes_need_not_be_powers_of_two_or_equal(
     assert_is_attend(kernel, {**arguments, "bounds": bounds_of(1, 40, upper=30)})
 
 
+@pytest.mark.parametrize("sizes", [(288, 256), (576, 512), (512, 512), (320, 64)])
+@pytest.mark.parametrize("case", ["no mask", "window", "additive mask"])
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_wide_keys_are_read_in_two_blocks(sizes: tuple[int, int], case: str, dtype: torch.dtype) -> None:
+    arguments = qkv(heads=6, kv_heads=1, queries=2, keys=40, key_size=sizes[0], value_size=sizes[1], dtype=dtype)
+    arguments |= CASES[case](2, 6, 2, 40)
+    if case == "additive mask":
+        arguments["mask"] = arguments["mask"].to(dtype)
+    assert_is_attend(split_kv, arguments)
+    assert_is_attend(triton_ops.split_kv, arguments)  # with its own tiles
+
+
+@pytest.mark.parametrize("empty_row", [1, 4])
+def test_an_empty_row_of_wide_keys_attends_to_all_of_them(empty_row: int) -> None:
+    arguments = qkv(heads=2, kv_heads=1, queries=2, keys=20, key_size=288, value_size=256)
+    assert_is_attend(split_kv, {**arguments, "bounds": bounds_of(2, 20, stop=[0, 20]), "empty_row": empty_row})
+
+
 @pytest.mark.parametrize("heads, kv_heads, queries", [(1, 1, 1), (8, 1, 1), (8, 2, 3), (3, 3, 16), (16, 1, 9)])
 @pytest.mark.parametrize("kernel", [split_kv, tiled])
 def test_query_heads_share_their_key_value_head(kernel: Kernel, heads: int, kv_heads: int, queries: int) -> None:
