@@ -25,37 +25,21 @@ WHOLE = tl.constexpr(1)
 HALVES = tl.constexpr(2)
 INTERLEAVED = tl.constexpr(3)
 
-NO_EXPERT = tl.constexpr(-2)
-
 
 @triton.jit
-def choice_of(
-    indices,
-    slot,
-    BY_PAIR: tl.constexpr,
-    ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    CHOICES: tl.constexpr,
-    STRIDE_IT: tl.constexpr,
-    STRIDE_IK: tl.constexpr,
-):
-    """The expert of a slot, and for each of ROWS tokens which of its choices that is, -1 when it is none of them.
+def place_of(chosen, expert, slot, BY_PAIR: tl.constexpr, TOP_K: tl.constexpr):
+    """For each token which of its choices ``expert`` is, -1 when it is none of them; ``chosen`` [ROWS, CHOICES] are the
+    experts of all tokens.
 
     A slot is an expert, or with BY_PAIR a pair of token and choice: then the first pair with an expert runs it for all.
     """
-    token = tl.arange(0, ROWS)
-    choice = tl.arange(0, CHOICES)
-    inside = (token < TOKENS)[:, None] & (choice < TOP_K)[None, :]
-    place = indices + token[:, None] * STRIDE_IT + choice[None, :] * STRIDE_IK
-    chosen = tl.load(place, mask=inside, other=-1).to(tl.int32)
-    expert = slot
+    token = tl.arange(0, chosen.shape[0])
+    choice = tl.arange(0, chosen.shape[1])
+    place = tl.max(tl.where(chosen == expert, choice[None, :], -1), 1)
     if BY_PAIR:
-        expert = tl.load(indices + (slot // TOP_K) * STRIDE_IT + (slot % TOP_K) * STRIDE_IK).to(tl.int32)
-        pair = token[:, None] * TOP_K + choice[None, :]
-        first = tl.min(tl.min(tl.where(chosen == expert, pair, ROWS * CHOICES), 1), 0)
-        expert = tl.where(first == slot, expert, NO_EXPERT)
-    return expert, tl.max(tl.where(chosen == expert, choice[None, :], -1), 1)
+        first = tl.min(tl.where(place >= 0, token * TOP_K + place, 1 << 30), 0)
+        place = tl.where(first == slot, place, -1)
+    return place
 
 
 @triton.jit
@@ -145,9 +129,17 @@ def gate_up_kernel(
     COLUMNS are those of the first product: a program makes COLUMNS of WIDTH, or half as many where there is a gate.
     """
     slot = tl.program_id(1)
-    expert, place = choice_of(indices, slot, BY_PAIR, ROWS, TOKENS, TOP_K, CHOICES, STRIDE_IT, STRIDE_IK)
+    token = tl.arange(0, ROWS)
+    choice = tl.arange(0, CHOICES)
+    # Loads whose values lead to addresses stand in the kernel itself: behind a call of a function Inductor takes what
+    # they read for written, and copies it.
+    exists = (token < TOKENS)[:, None] & (choice < TOP_K)[None, :]
+    chosen = tl.load(indices + token[:, None] * STRIDE_IT + choice[None, :] * STRIDE_IK, mask=exists, other=-1)
+    expert = slot
+    if BY_PAIR:
+        expert = tl.load(indices + (slot // TOP_K) * STRIDE_IT + (slot % TOP_K) * STRIDE_IK).to(tl.int32)
+    place = place_of(chosen.to(tl.int32), expert, slot, BY_PAIR, TOP_K)
     if tl.max(place, 0) >= 0:
-        token = tl.arange(0, ROWS)
         used = place >= 0
         j = tl.arange(0, COLUMNS)
         UNITS: tl.constexpr = COLUMNS if PARTS == WHOLE else COLUMNS // 2
@@ -230,9 +222,17 @@ def down_kernel(
     """
     split = tl.program_id(0) % SPLITS
     slot = tl.program_id(1)
-    expert, place = choice_of(indices, slot, BY_PAIR, ROWS, TOKENS, TOP_K, CHOICES, STRIDE_IT, STRIDE_IK)
+    token = tl.arange(0, ROWS)
+    choice = tl.arange(0, CHOICES)
+    # Loads whose values lead to addresses stand in the kernel itself: behind a call of a function Inductor takes what
+    # they read for written, and copies it.
+    exists = (token < TOKENS)[:, None] & (choice < TOP_K)[None, :]
+    chosen = tl.load(indices + token[:, None] * STRIDE_IT + choice[None, :] * STRIDE_IK, mask=exists, other=-1)
+    expert = slot
+    if BY_PAIR:
+        expert = tl.load(indices + (slot // TOP_K) * STRIDE_IT + (slot % TOP_K) * STRIDE_IK).to(tl.int32)
+    place = place_of(chosen.to(tl.int32), expert, slot, BY_PAIR, TOP_K)
     if tl.max(place, 0) >= 0:
-        token = tl.arange(0, ROWS)
         used = place >= 0
         pair = token * TOP_K + place
         column = (tl.program_id(0) // SPLITS) * COLUMNS + tl.arange(0, COLUMNS)

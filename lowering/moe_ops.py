@@ -1,8 +1,8 @@
 """The fused mixture of experts for few tokens, as a function and as a ``torch.library.triton_op``.
 
-``experts`` launches at once; ``moe_v1`` is an op that make_fx, AOTAutograd and Inductor trace through.  Both read sizes,
-strides and dtypes only: the grids never depend on who chose which expert, as CUDA graphs need.  The sum over a token's
-experts is left to the caller, so that Inductor fuses it with what follows.
+``experts`` launches at once; ``moe_v1`` is an op that make_fx, AOTAutograd and Inductor trace through.  Both read
+sizes, strides and dtypes only: the grids never depend on who chose which expert, as CUDA graphs need.  The sum over a
+token's experts is left to the caller, so that Inductor fuses it with what follows.
 Forward only.  Importing this module works without Triton; ``available`` says what is missing.
 """
 

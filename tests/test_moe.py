@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -407,21 +408,26 @@ def test_a_block_in_training_is_left_to_autograd() -> None:
 # -- the road
 
 
-def test_without_a_kernel_the_report_names_the_block_and_what_runs_it() -> None:
+def test_where_no_kernel_takes_it_the_report_names_the_block_and_what_runs_it() -> None:
     fn, eager = (blocks("Mixtral", how, torch.float32) for how in ("grouped_mm", "batched_mm"))
-    run, road = compile_road(fn, kinds=["attention", "moe"], measure="off")
-    with torch.no_grad():
-        close(run(states(torch.float32)), eager(states(torch.float32)), torch.float32)
-    assert [(region.kind, region.module, region.kernel) for region in road.regions] == [
+    picky = dataclasses.replace(kernel(), supports=lambda region: "is for other experts")
+    with registered(Provider("mine", (picky,))):
+        run, road = compile_road(fn, measure="off")
+        with torch.no_grad():
+            close(run(states(torch.float32)), eager(states(torch.float32)), torch.float32)
+    found = [region for region in road.regions if region.kind == "moe"]
+    assert [(region.kind, region.module, region.kernel) for region in found] == [
         ("moe", f"layers.{i}.experts", "inductor") for i in range(2)
     ]
-    assert {region.pattern for region in road.regions} == {"grouped_mm, SwiGLU, top 3 of 5"}
+    assert {region.pattern for region in found} == {"grouped_mm, SwiGLU, top 3 of 5"}
 
 
-def test_blocks_are_not_looked_for_unless_asked_for() -> None:
-    run, road = compile_road(blocks("Mixtral", "batched_mm", torch.float32), measure="off")
-    with torch.no_grad():
-        run(states(torch.float32))
+def test_blocks_are_not_looked_for_where_no_kernel_runs_on_the_device() -> None:
+    elsewhere = dataclasses.replace(kernel(), devices=("xpu",))
+    with registered(Provider("mine", (elsewhere,))):
+        run, road = compile_road(blocks("Mixtral", "batched_mm", torch.float32), measure="off")
+        with torch.no_grad():
+            run(states(torch.float32))
     assert not road.regions
 
 
