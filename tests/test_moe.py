@@ -463,6 +463,32 @@ def test_a_kernel_that_is_wrong_by_a_thousandth_is_rejected() -> None:
     assert all("wrong result" in region.rejected["mine.wrong"] for region in road.regions)
 
 
+@pytest.mark.parametrize(("outside", "inside"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_a_block_is_judged_by_the_coarser_dtype_of_tokens_and_experts(
+    outside: torch.dtype, inside: torch.dtype
+) -> None:
+    def fn(x: torch.Tensor, logits: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        weights, chosen = logits.topk(K, -1)
+        experts = chosen.reshape(-1)
+        y = x.repeat_interleave(K, 0).to(inside).unsqueeze(-1)
+        y = _gated(torch.bmm(gate_up[experts], y).squeeze(-1))
+        y = torch.bmm(down[experts], y.unsqueeze(-1)).squeeze(-1)
+        return (y * weights.reshape(-1, 1)).view(T, K, H).sum(1).to(x.dtype)
+
+    x, logits, gate_up, down, _ = inputs(inside)
+    kernels = (kernel(), kernel("mine.wrong", spoil=0.1))
+    with registered(Provider("mine", kernels)):
+        run, road = compile_road(fn, kinds=["moe"], prefer=["mine.moe"], measure="auto", measure_budget=60.0)
+        run(x.to(outside), logits, gate_up, down)
+        (region,) = road.regions
+        assert region.kernel == "mine.moe"
+        (candidate,) = [c for c in region.candidates if c.kernel == "mine.moe"]
+        assert candidate.source != "estimated"
+        run, road = compile_road(fn, kinds=["moe"], prefer=["mine.wrong"], measure="auto", measure_budget=60.0)
+        run(x.to(outside), logits, gate_up, down)
+    assert "wrong result" in road.regions[0].rejected["mine.wrong"]
+
+
 def test_a_block_and_the_unit_inside_it_run_by_one_kernel_or_apart() -> None:
     glu = Kernel(
         "other.glu", "glu", "1", lambda region: None, lambda e, r: e.call(r.output, meaning(r), *r.inputs), summary=""
