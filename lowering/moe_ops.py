@@ -60,8 +60,8 @@ def product_config(
     about 150 KiB in flight on an SM, several times what bandwidth times latency asks for (some 30 KiB on an H200).  A
     tile is twice as long in the direction in which memory runs, 256 bytes, as in the other.  Where that gives less than
     two programs an SM, tiles become narrower and deeper; the second product may be cut along its depth as well, which
-    costs a float32 row a split but keeps long runs.  Many tokens take shared memory for their own rows: a stage less.
-    Float32 multiplies without tensor cores, where small tiles avoid spills.
+    costs a float32 row a split but keeps long runs.  Many tokens take shared memory for their own rows: a stage less,
+    and tiles less deep.  Float32 multiplies without tensor cores, where small tiles avoid spills.
     """
     if dtype == torch.float32:
         wide, block_k, stages = 32, 32, 3
@@ -84,7 +84,8 @@ def product_config(
             wide //= 2
         else:
             break
-    return ProductConfig(wide, min(elements // wide, _power_of_two(depth)), 4, stages, splits)
+    deepest = 256 if tokens <= 16 else 128
+    return ProductConfig(wide, min(elements // wide, deepest, _power_of_two(depth)), 4, stages, splits)
 
 
 def experts(

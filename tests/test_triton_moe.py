@@ -331,6 +331,26 @@ def test_a_lock_on_it_holds_in_a_decode_step_in_bfloat16(name: str, mode: str | 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+def test_a_compiled_graph_knows_that_only_results_are_written() -> None:
+    """What Inductor takes for written it copies first: here that would be choices, or all weights."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    case = block(3, biases=(True, True), dtype=torch.bfloat16)
+    cloned: list[Any] = []
+
+    def look(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        cloned.extend(n.kwargs["tensors_to_clone"] for n in module.graph.nodes if "tensors_to_clone" in n.kwargs)
+        return module.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *values: Block(case.op, list(values)).run(), backend=aot_autograd(fw_compiler=look))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*case.values), case.run(), atol=0, rtol=0)
+    assert cloned == [["out"], ["out"]]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 def test_only_activations_and_terms_are_allocated() -> None:
     case = block(8, top_k=4, experts=8, size=512, width=1024, dtype=torch.bfloat16, **GPT_OSS)
     terms = case.run()
