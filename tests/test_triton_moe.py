@@ -230,7 +230,7 @@ def test_tiles_fill_the_machine_and_leave_a_sum_that_is_unrolled() -> None:
 def test_the_fake_result_has_the_shape_and_strides_of_the_real_one() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    case = block(2, top_k=2, experts=4, size=64, width=600)
+    case = block(1, top_k=2, experts=2, size=32, width=256)
     real = case.run()
     mode = FakeTensorMode()
     fakes = [mode.from_tensor(value) if value is not None else None for value in case.values]
