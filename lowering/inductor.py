@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from lz_compile.lowering.pointwise import pointwise_work
-from lz_compile.lowering.work import attention_work
+from lz_compile.lowering.work import attention_work, moe_work
 from lz_compile.mask import MaskForm
+from lz_compile.moe import Moe
 from lz_compile.region import Region, Work
 
 
@@ -14,6 +15,8 @@ def as_it_stood(region: Region) -> Work:
     """What Inductor does for a region that is left alone."""
     if region.attention is not None:
         return attention_as_it_stood(region)
+    if isinstance(region.op, Moe):
+        return moe_as_it_stood(region)
     if region.op is not None:
         return pointwise_work(region, 0.8)
     return Work(0.0, 0.0)
@@ -33,3 +36,13 @@ def attention_as_it_stood(region: Region) -> Work:
     moved = whole.bytes * (1 + 2 * (group > 1))
     efficiency = 0.5 if plain else 0.2
     return Work(whole.flops, moved, efficiency if region.pattern == "sdpa" else 0.1, launches=2)
+
+
+def moe_as_it_stood(region: Region) -> Work:
+    """Experts as Inductor runs them: pairs are sorted by expert for a grouped product, or each pair's weights gathered.
+
+    A grouped product of a few rows an expert reaches a third of the bandwidth: about 250 us for 8 experts of GPT-OSS's
+    size in bfloat16 on an H200, against 83 us for reading their weights.
+    """
+    gathers = region.op.implementation == "batched_mm"
+    return moe_work(region, efficiency=0.8 if gathers else 0.35, launches=8 if gathers else 16, copies_weights=gathers)

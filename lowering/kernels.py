@@ -24,7 +24,7 @@ from fnmatch import fnmatchcase
 
 from lz_compile import config, discovery
 from lz_compile.discovery import Finding, Spec
-from lz_compile.lowering import aten, cpu, tables, triton
+from lz_compile.lowering import aten, cpu, tables, triton, triton_moe
 from lz_compile.region import Kernel, Provider
 
 log = logging.getLogger("lz_compile")
@@ -40,6 +40,7 @@ KERNELS: list[Kernel] = [
     triton.TILED,
     aten.SDPA_MASKED,
     tables.STORED,
+    triton_moe.MOE,
 ]
 KERNELS += [kernel for kernel in aten.PROVIDER.kernels if kernel not in KERNELS]
 

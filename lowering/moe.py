@@ -26,10 +26,11 @@ def moe(
 ) -> torch.Tensor:
     """:class:`~lz_compile.moe.Moe` of tensors, ``[T, H]`` contiguous in the dtype of ``hidden``.
 
-    ``op`` gives the facts; its graph values are not read.  A loop over experts, each on the tokens that chose it, which
-    asks the device for their number: it is for checking, not for speed.
+    ``op`` gives the facts; its graph values are not read.  Tokens in float64 make everything run in it, of the weights
+    one expert's at a time.  A loop over experts, each on the tokens that chose it, which asks the device for their
+    number: it is for checking, not for speed.
     """
-    tokens = hidden.to(gate_up.dtype)
+    tokens = hidden if hidden.dtype == torch.float64 else hidden.to(gate_up.dtype)
     pairs = tokens.new_zeros((*indices.shape, hidden.shape[-1]))
     for expert in range(op.experts):
         token, slot = (indices == expert).nonzero(as_tuple=True)
@@ -71,5 +72,6 @@ def moe_meaning(region: Region) -> Callable[..., torch.Tensor]:
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, expert: int, layout: str) -> torch.Tensor:
+    weight = weight.to(x.dtype)
     y = x @ (weight.mT if layout == "out, in" else weight)
-    return y if bias is None else y + bias[expert]
+    return y if bias is None else y + bias[expert].to(x.dtype)

@@ -1,4 +1,4 @@
-"""Our own Triton kernels as candidates: split-KV decode and tiled prefill, on CUDA."""
+"""Our own Triton kernels of attention as candidates: split-KV decode and tiled prefill, on CUDA."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch.fx as fx
 
 from lz_compile.lowering.emit import Emitter
 from lz_compile.lowering.work import attention_work
-from lz_compile.region import Attention, Kernel, Provider, Region, Verdict, Work
+from lz_compile.region import Attention, Kernel, Region, Verdict, Work
 
 VERSION = "3"
 _DECODE_QUERIES = 16
@@ -139,5 +139,3 @@ TILED = Kernel(
     first_call=_first_call,
     sinks=True,
 )
-
-PROVIDER = Provider("triton", (SPLIT_KV, TILED))

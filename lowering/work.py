@@ -1,10 +1,11 @@
-"""What an attention kernel that skips hidden keys executes and moves, for the roofline estimate."""
+"""What kernels of attention and of experts execute and move, for the roofline estimate."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from lz_compile.mask import Bound, MaskForm
+from lz_compile.moe import Moe
 from lz_compile.region import Region, Work
 
 
@@ -24,6 +25,22 @@ def attention_work(region: Region, efficiency: float, launches: int = 1) -> Work
     flops = 2.0 * batch * heads * pairs * sizes
     elements = batch * sizes * (heads * queries + kv_heads * touched)
     return Work(flops, float(elements * query.dtype.itemsize), efficiency, launches)
+
+
+def moe_work(region: Region, efficiency: float, launches: int, copies_weights: bool = False) -> Work:
+    """Operations of all pairs of token and expert, and bytes of a mixture of experts that reads each expert's weights
+    once, of at most as many experts as there are pairs.
+
+    With ``copies_weights`` those of every pair are read, stored and read again.
+    """
+    op: Moe = region.op
+    hidden, gate_up, down = (node.meta["val"] for node in (op.hidden, op.gate_up, op.down))
+    tokens = _size(hidden.shape[0])
+    pairs = tokens * op.top_k
+    elements = sum(_size(weight.shape[1]) * _size(weight.shape[2]) for weight in (gate_up, down))
+    read = 3 * pairs if copies_weights else min(op.experts, pairs)
+    values = 2 * tokens * _size(hidden.shape[1]) * hidden.dtype.itemsize
+    return Work(2.0 * pairs * elements, float(read * elements * gate_up.dtype.itemsize + values), efficiency, launches)
 
 
 def visible_pairs(mask: MaskForm, queries: int, keys: int) -> tuple[float, float]:

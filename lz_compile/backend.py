@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.fx as fx
 
 from lz_compile import config
@@ -102,7 +103,7 @@ def _transform(normal: fx.GraphModule, report: GraphReport, inductor: dict[str, 
     from lz_compile.needed_rows import trim
     from lz_compile.patterns.attention import find_attention
     from lz_compile.patterns.latent import may_hold_latents
-    from lz_compile.patterns.pointwise import NAMED, POINTWISE, spans
+    from lz_compile.patterns.pointwise import POINTWISE, spans
     from lz_compile.patterns.rope_tables import find_rope_tables
     from lz_compile.plan import Market, joint
     from lz_compile.policy import active
@@ -135,7 +136,9 @@ def _transform(normal: fx.GraphModule, report: GraphReport, inductor: dict[str, 
         receipt.note = f"{len(regions)} attention sites"
         if regions and "rope_table" in config.kinds:
             regions += find_rope_tables(normal.graph, module_path)
-        wanted = ({kernel.kind for kernel in running} | NAMED) & set(config.kinds) & set(POINTWISE)
+        devices = _device_types(normal.graph)
+        possible = {kernel.kind for kernel in running if not kernel.devices or devices & set(kernel.devices)}
+        wanted = possible & set(config.kinds) & set(POINTWISE)
         for kind in sorted(wanted):
             regions += POINTWISE[kind](normal.graph, aliases, module_path)
         spans(regions)
@@ -195,6 +198,11 @@ def _absorb_latents(graph: fx.Graph, aliases: Aliases, make_emitter: Callable[..
             graph.erase_node(node)
     graph.eliminate_dead_code()
     return len(latents)
+
+
+def _device_types(graph: fx.Graph) -> set[str]:
+    values = [node.meta.get("val") for node in graph.nodes]
+    return {value.device.type for value in values if isinstance(value, torch.Tensor)}
 
 
 def _uses_cuda_graphs(inductor: dict[str, Any]) -> bool:

@@ -35,10 +35,9 @@ trim_rows: bool = True
 # of expanding the whole cache for every head.
 absorb_latents: bool = True
 
-# Region kinds to look for; an empty list leaves every graph to Inductor.  Not among them unless asked for:
-# "rolled_window", by which a full sliding cache on CUDA moves its rows in place, and "moe", mixtures of experts, which
-# Inductor runs as long as no kernel for them is registered.
-kinds: list[str] = ["attention", "rope_table", "rms_norm", "glu", "rope"]
+# Region kinds to look for, where some kernel runs on the graph's device; an empty list leaves every graph to Inductor.
+# Not among them unless asked for: "rolled_window", by which a full sliding cache on CUDA moves its rows in place.
+kinds: list[str] = ["attention", "rope_table", "rms_norm", "glu", "rope", "moe"]
 
 # Values of settings that take one of a few words.
 _WORDS = {"measure": ("auto", "cached", "off")}

@@ -103,7 +103,7 @@ def _routed(op: Moe, node: fx.Node, layout: Layout, kind: Draw, generator: torch
         return normal.softmax(-1)
     for weight, order in ((op.gate_up, op.gate_up_layout), (op.down, op.down_layout)):
         if node is weight:
-            return normal / layout.sizes[2 if order == "out, in" else 1] ** 0.5
+            return normal.div_(layout.sizes[2 if order == "out, in" else 1] ** 0.5)
     return normal if kind == "typical" else 3 * normal + 1
 
 
@@ -125,9 +125,8 @@ class PointwiseReference:
         if problem.draw not in self._answers:
             by_node = dict(zip(self.specimen.sources, inputs))
             try:
-                values = [by_node[node] for node in self.specimen.region.inputs]
-                wide = [value.double() if value.is_floating_point() else value for value in values]
-                self._answers[problem.draw] = self.meaning(*wide)
+                values = [self._wide(node, by_node[node]) for node in self.specimen.region.inputs]
+                self._answers[problem.draw] = self.meaning(*values)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
@@ -135,5 +134,15 @@ class PointwiseReference:
         return problem
 
     def error(self, problem: Problem, output: torch.Tensor) -> float:
-        expected = self._answers[problem.draw]
-        return largest_excess(output, expected, expected.abs().amax(-1, keepdim=True))
+        expected, op = self._answers[problem.draw], self.specimen.region.op
+        dtypes = [output.dtype]
+        if isinstance(op, Moe):  # products of experts run in the dtype of their weights
+            dtypes.append(op.gate_up.meta["val"].dtype)
+        coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+        return largest_excess(output, expected, expected.abs().amax(-1, keepdim=True), coarsest)
+
+    def _wide(self, node: fx.Node, value: torch.Tensor) -> torch.Tensor:
+        """In float64, except the weights of experts, which may fill a device: their meaning widens them one by one."""
+        op = self.specimen.region.op
+        is_large = isinstance(op, Moe) and node in (op.gate_up, op.down)
+        return value.double() if value.is_floating_point() and not is_large else value

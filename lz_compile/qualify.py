@@ -77,12 +77,15 @@ def tolerance_of(dtype: torch.dtype, device: torch.device) -> float:
     return _MULTIPLE[dtype] * _UNIT_ROUNDOFF[dtype]
 
 
-def largest_excess(got: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor) -> float:
+def largest_excess(
+    got: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype | None = None
+) -> float:
     """The largest error over its tolerance; infinity where NaN stands on one side only.
 
-    ``expected`` and ``scale``, the sum of each element's terms by magnitude, are float64.
+    ``expected`` and ``scale``, the sum of each element's terms by magnitude, are float64.  The tolerance is that of
+    ``dtype``, by default the result's own.
     """
-    dtype = got.dtype
+    dtype = dtype or got.dtype
     got = got.double()
     if not torch.equal(got.isnan(), expected.isnan()):
         return math.inf

@@ -168,7 +168,8 @@ class Kernel:
     capture, empty when it is not.  ``work`` feeds the estimate of its time where nothing was measured; ``first_call``
     says for how many seconds the first call may compile (0 when it did already), which measuring has to afford.
     ``sinks`` declares that it computes :attr:`Attention.sink`; to any other kernel such a region is refused here, so
-    that a kernel which never heard of sinks cannot drop one.
+    that a kernel which never heard of sinks cannot drop one.  ``devices`` are the device types it runs on, empty when
+    ``supports`` alone tells: a kind of region that no kernel could take on a graph's devices is not looked for.
     """
 
     name: str
@@ -182,6 +183,7 @@ class Kernel:
     work: Callable[[Region], Work] | None = None
     first_call: Callable[[Region], float] | None = None
     sinks: bool = False
+    devices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.sinks:

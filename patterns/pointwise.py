@@ -18,13 +18,13 @@ Finder = Callable[[fx.Graph, Aliases, Callable[[fx.Node], Any]], list[Region]]
 
 POINTWISE: dict[str, Finder] = {"rms_norm": find_rms_norms, "glu": find_glus, "rope": find_ropes, "moe": find_moes}
 
-# Looked for whenever they are asked for: the report then names them, whether or not a kernel runs them.
-NAMED = frozenset({"moe"})
+# Whole blocks, which hold regions of other kinds.
+BLOCKS = frozenset({"moe"})
 
 
 def spans(regions: Sequence[Region]) -> None:
     """Sets ``covers`` of regions that hold whole blocks: those of the others that lie inside and may be replaced."""
     for region in regions:
-        if region.kind in NAMED and not region.declined:
+        if region.kind in BLOCKS and not region.declined:
             inside = set(region.nodes) - {region.output}
             region.covers = tuple(other for other in regions if other.output in inside and not other.declined)

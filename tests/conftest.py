@@ -2,10 +2,12 @@
 
 import os
 import tempfile
+from typing import Any
 
 # Tiny models: a second thread costs more than it helps, and pytest runs one process a core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
@@ -24,3 +26,22 @@ from hypothesis import settings  # noqa: E402
 settings.register_profile("search", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "search")
+
+
+@pytest.fixture(scope="module")
+def interpreter_reads_loop_bounds() -> None:
+    """NumPy 2.4 no longer turns the one-element arrays of triton 3.6's interpreter into an index."""
+    if torch.cuda.is_available():
+        return
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+    if getattr(patch_tensor, "reads_items", False):
+        return
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    patched.reads_items = True  # type: ignore[attr-defined]
+    interpreter._patch_lang_tensor = patched

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -407,21 +408,26 @@ def test_a_block_in_training_is_left_to_autograd() -> None:
 # -- the road
 
 
-def test_without_a_kernel_the_report_names_the_block_and_what_runs_it() -> None:
+def test_where_no_kernel_takes_it_the_report_names_the_block_and_what_runs_it() -> None:
     fn, eager = (blocks("Mixtral", how, torch.float32) for how in ("grouped_mm", "batched_mm"))
-    run, road = compile_road(fn, kinds=["attention", "moe"], measure="off")
-    with torch.no_grad():
-        close(run(states(torch.float32)), eager(states(torch.float32)), torch.float32)
-    assert [(region.kind, region.module, region.kernel) for region in road.regions] == [
+    picky = dataclasses.replace(kernel(), supports=lambda region: "is for other experts")
+    with registered(Provider("mine", (picky,))):
+        run, road = compile_road(fn, measure="off")
+        with torch.no_grad():
+            close(run(states(torch.float32)), eager(states(torch.float32)), torch.float32)
+    found = [region for region in road.regions if region.kind == "moe"]
+    assert [(region.kind, region.module, region.kernel) for region in found] == [
         ("moe", f"layers.{i}.experts", "inductor") for i in range(2)
     ]
-    assert {region.pattern for region in road.regions} == {"grouped_mm, SwiGLU, top 3 of 5"}
+    assert {region.pattern for region in found} == {"grouped_mm, SwiGLU, top 3 of 5"}
 
 
-def test_blocks_are_not_looked_for_unless_asked_for() -> None:
-    run, road = compile_road(blocks("Mixtral", "batched_mm", torch.float32), measure="off")
-    with torch.no_grad():
-        run(states(torch.float32))
+def test_blocks_are_not_looked_for_where_no_kernel_runs_on_the_device() -> None:
+    elsewhere = dataclasses.replace(kernel(), devices=("xpu",))
+    with registered(Provider("mine", (elsewhere,))):
+        run, road = compile_road(blocks("Mixtral", "batched_mm", torch.float32), measure="off")
+        with torch.no_grad():
+            run(states(torch.float32))
     assert not road.regions
 
 
@@ -455,6 +461,32 @@ def test_a_kernel_that_is_wrong_by_a_thousandth_is_rejected() -> None:
             run(states(torch.float32))
     assert len(road.regions) == 2 and {region.kernel for region in road.regions} == {"inductor"}
     assert all("wrong result" in region.rejected["mine.wrong"] for region in road.regions)
+
+
+@pytest.mark.parametrize(("outside", "inside"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_a_block_is_judged_by_the_coarser_dtype_of_tokens_and_experts(
+    outside: torch.dtype, inside: torch.dtype
+) -> None:
+    def fn(x: torch.Tensor, logits: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        weights, chosen = logits.topk(K, -1)
+        experts = chosen.reshape(-1)
+        y = x.repeat_interleave(K, 0).to(inside).unsqueeze(-1)
+        y = _gated(torch.bmm(gate_up[experts], y).squeeze(-1))
+        y = torch.bmm(down[experts], y.unsqueeze(-1)).squeeze(-1)
+        return (y * weights.reshape(-1, 1)).view(T, K, H).sum(1).to(x.dtype)
+
+    x, logits, gate_up, down, _ = inputs(inside)
+    kernels = (kernel(), kernel("mine.wrong", spoil=0.1))
+    with registered(Provider("mine", kernels)):
+        run, road = compile_road(fn, kinds=["moe"], prefer=["mine.moe"], measure="auto", measure_budget=60.0)
+        run(x.to(outside), logits, gate_up, down)
+        (region,) = road.regions
+        assert region.kernel == "mine.moe"
+        (candidate,) = [c for c in region.candidates if c.kernel == "mine.moe"]
+        assert candidate.source != "estimated"
+        run, road = compile_road(fn, kinds=["moe"], prefer=["mine.wrong"], measure="auto", measure_budget=60.0)
+        run(x.to(outside), logits, gate_up, down)
+    assert "wrong result" in road.regions[0].rejected["mine.wrong"]
 
 
 def test_a_block_and_the_unit_inside_it_run_by_one_kernel_or_apart() -> None:

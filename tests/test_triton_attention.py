@@ -38,28 +38,10 @@ DEVICE = "cuda" if CUDA else "cpu"
 HALF = torch.bfloat16 if CUDA else torch.float16
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
+pytestmark = pytest.mark.usefixtures("interpreter_reads_loop_bounds")
 Arguments = dict[str, Any]
 Kernel = Callable[..., torch.Tensor]
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def interpreter_reads_loop_bounds() -> None:
-    """NumPy 2.4 no longer turns the one-element arrays of triton 3.6's interpreter into an index."""
-    if CUDA:
-        return
-    from triton.runtime import interpreter
-
-    patch_tensor = interpreter._patch_lang_tensor
-    if getattr(patch_tensor, "reads_items", False):
-        return
-
-    def patched(tensor: Any, scope: Any) -> None:
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    patched.reads_items = True  # type: ignore[attr-defined]
-    interpreter._patch_lang_tensor = patched
 
 
 def split_kv(*args: Any, **kwargs: Any) -> torch.Tensor:
