@@ -380,3 +380,38 @@ def test_any_sizes_give_eagers_answer(
         torch.testing.assert_close(compiled(*arguments), attention(*arguments), atol=1e-11, rtol=1e-9)
     pays = 4 * queries <= plain + turned + values and keys >= 2 * queries
     assert sum(absorbed(road)) == int(pays and heads > 1) or heads == 1
+
+
+# -- on CUDA
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize("version", ["V2", "V3"])
+def test_latents_as_wide_as_deepseeks_are_read_by_our_kernel(
+    version: str, mode: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lz_compile
+
+    monkeypatch.setitem(_SIZES, "kv_lora_rank", 512)
+    monkeypatch.setitem(_SIZES, "qk_rope_head_dim", 64)
+    model = deepseek(version, "sdpa").cuda()
+    half = cast_parameters(model, torch.bfloat16)
+    exact = cast_parameters(model, torch.float64)
+    torch._dynamo.reset()
+    compiled = torch.compile(half, backend="layerzero", mode=mode)
+    with torch.device("cuda"):
+        ids = torch.randint(1, 96, (2, 130), device="cpu").cuda()
+
+        def step(prefill: Any, run: Any) -> torch.Tensor:
+            cache = transformers.StaticCache(config=model.config, max_cache_len=256)
+            with torch.no_grad():
+                prefill(ids[:, :129], past_key_values=cache, use_cache=True)
+                return run(ids[:, 129:], past_key_values=cache, use_cache=True).logits.double()
+
+        expected = step(exact, exact)
+        eager, got = (step(half, run) for run in (half, compiled))
+    assert (got - expected).abs().max() <= 1.5 * (eager - expected).abs().max() + 1e-3
+    kernels = {region.kernel for region in lz_compile.reports()[-1].regions if region.kind == "attention"}
+    assert kernels == {"triton.split_kv"}
