@@ -47,7 +47,7 @@ def attend_to_latents(emitter: Any, latent: Latent) -> fx.Node:
     query = a.query.meta["val"]
     heads, queries = query.shape[1], query.shape[2]
     size = latent.keys[1]
-    weight = call(aten.unflatten.int, latent.weight, 0, [heads, latent.columns])
+    weight = call(aten.unflatten.int, latent.weight, 0, [heads, latent.width])
     for_keys, for_values = (
         call(aten.slice.Tensor, weight, 1, first, first + count) for first, count in (latent.keys, latent.values)
     )

@@ -23,7 +23,7 @@ from lz_compile.options import split_options
 from lz_compile.policy import PolicyError
 from lz_compile.region import INDUCTOR, Region
 from lz_compile.report import GraphReport, RegionReport, publish, watched
-from lz_compile.rewrite import is_copied, laid_out, rewrite
+from lz_compile.rewrite import as_laid_out, is_copied, laid_out, replace, rewrite
 
 if TYPE_CHECKING:
     from lz_compile.plan import Plan
@@ -188,16 +188,14 @@ def _absorb_latents(graph: fx.Graph, aliases: Aliases, make_emitter: Callable[..
     from lz_compile.patterns.latent import find_latents
 
     found = find_latents(find_attention(graph, aliases, module_path), aliases)
-    latents = [latent for latent in found if refuses_latents(latent) is None]
     emitter = make_emitter(graph, aliases)
-    for latent in latents:
-        output = latent.region.output
-        result = attend_to_latents(emitter, latent)
-        output.replace_all_uses_with(result if is_copied(output) else laid_out(emitter, output, result))
-        for node in (*reversed(latent.region.nodes), *reversed(latent.writes)):
-            graph.erase_node(node)
-    graph.eliminate_dead_code()
-    return len(latents)
+    results = [
+        (latent.region, as_laid_out(emitter, latent.region.output, attend_to_latents(emitter, latent)))
+        for latent in found
+        if refuses_latents(latent) is None
+    ]
+    replace(graph, results)
+    return len(results)
 
 
 def _device_types(graph: fx.Graph) -> set[str]:

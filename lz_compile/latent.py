@@ -18,9 +18,9 @@ class Latent:
     """An attention whose keys and values are made of latents in front of it.
 
     ``latents`` is ``[B, 1, N, R]`` or ``[B, N, R]`` and ``weight`` ``[H * C, R]``, so that ``latents @ weight^T`` holds
-    ``C`` columns for each of ``H`` heads: ``keys`` (first, count) are the keys' columns, ``values`` the values'.
-    ``rotated`` ``[B, 1, N, P]`` is the rest of each key, the same for all heads.  ``writes`` put the two parts of a key
-    into one tensor, in graph order; none where they are concatenated.
+    ``C = width`` columns for each of ``H`` heads: ``keys`` and ``values`` (first, count) are those of either.
+    ``rotated`` ``[B, 1, N, P]`` is the rest of each key, the same for all heads.  The writes that put the two parts of
+    a key into one tensor are among the region's nodes.
     """
 
     region: Region
@@ -29,5 +29,4 @@ class Latent:
     rotated: fx.Node
     keys: tuple[int, int]
     values: tuple[int, int]
-    columns: int
-    writes: tuple[fx.Node, ...] = ()
+    width: int

@@ -53,24 +53,31 @@ def rewrite(module: fx.GraphModule, aliases: Aliases, plan: Plan, make_emitter: 
             log.warning("%s: %s failed to emit, left to Inductor: %s", choice.region.module, name, error)
             choice.rejected[name] = f"failed: {error}"
             choice.kernel, choice.reason = None, f"{name} failed: {error}"
-    # Only now: a later region may read the output of an earlier one.
+    if results:
+        replace(module.graph, results)
+        module.recompile()
+    return len(results)
+
+
+def replace(graph: fx.Graph, results: list[tuple[Region, fx.Node]]) -> None:
+    """Each result takes the place of its region's output, and what only the regions used is removed.
+
+    When all results are in the graph, not before: a later region may read the output of an earlier one.
+    """
     for region, result in results:
         # A kernel may read the output itself (a stored table does).
         for user in [user for user in region.output.users if user is not result]:
             user.replace_input_with(region.output, result)
         _erase(region)
-    if results:
-        module.graph.eliminate_dead_code()
-        module.recompile()
-    return len(results)
+    graph.eliminate_dead_code()
 
 
 def _emit(emitter: Emitting, choice: Choice) -> fx.Node:
     assert choice.kernel is not None
-    return _as_laid_out(emitter, choice.region.output, choice.kernel.emit(emitter, choice.region))
+    return as_laid_out(emitter, choice.region.output, choice.kernel.emit(emitter, choice.region))
 
 
-def _as_laid_out(emitter: Emitting, output: fx.Node, result: fx.Node) -> fx.Node:
+def as_laid_out(emitter: Emitting, output: fx.Node, result: fx.Node) -> fx.Node:
     """``result`` in the memory layout of ``output`` where someone may notice: a view, an alias, the user."""
     if is_copied(output):
         return result

@@ -11,8 +11,8 @@ from typing import Any
 import torch.fx as fx
 
 from lz_compile.aliasing import Aliases
+from lz_compile.patterns.columns import half
 from lz_compile.patterns.glu import activation
-from lz_compile.patterns.halves import half
 from lz_compile.patterns.routing import behind_order
 from lz_compile.patterns.walk import arguments, aten, scalar, target, tensor
 from lz_compile.pointwise import Activation

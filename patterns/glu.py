@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch.fx as fx
 
 from lz_compile.aliasing import Aliases
-from lz_compile.patterns.halves import half
+from lz_compile.patterns.columns import half
 from lz_compile.patterns.replaceable import Declined, only_user, own
 from lz_compile.patterns.walk import arguments, aten, fake, same_shape, target
 from lz_compile.pointwise import Activation, Glu

@@ -16,7 +16,7 @@ def ungroup(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
     (``repeat_kv``), ``repeat_interleave(x, G, 1)``, and a broadcast of one head.  Returns ``(node, [])`` when there is
     no repetition.
     """
-    for spelling in (_expand_reshape, _repeat_interleave, _one_head):
+    for spelling in (_expand_reshape, _repeat_interleave, one_head):
         found = spelling(node)
         if found is not None:
             return found
@@ -77,7 +77,8 @@ def _repeat_interleave(node: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
     return (base, [node]) if isinstance(known["repeats"], int) else None
 
 
-def _one_head(node: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
+def one_head(node: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
+    """``[B, 1, N, D]`` behind an expansion of it to all heads, and that expansion."""
     outer = fake(node)
     if target(node) is not aten.expand.default or outer is None or outer.dim() != 4:
         return None

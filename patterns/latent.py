@@ -10,7 +10,7 @@ share, concatenated or copied side by side into new memory; values of another pa
 
 from __future__ import annotations
 
-import operator
+from dataclasses import replace
 from typing import Any
 
 import torch.fx as fx
@@ -18,19 +18,25 @@ import torch.fx as fx
 from lz_compile.aliasing import Aliases, written_arguments
 from lz_compile.gradients import needs_gradient
 from lz_compile.latent import Latent
+from lz_compile.patterns.columns import columns
+from lz_compile.patterns.heads import one_head
 from lz_compile.patterns.walk import RESHAPES, arguments, aten, fake, same, same_shape, target
 from lz_compile.region import Attention, Region
 
 # Queries of a decode step, with drafted tokens.
 _FEW = 16
-_SPLITS = {aten.split_with_sizes.default, aten.split.Tensor, aten.split.sizes, aten.chunk.default}
 _SWAPS = {aten.transpose.int, aten.permute.default, aten.mT.default}
 _NEW = {aten.new_empty.default, aten.empty.memory_format, aten.new_zeros.default, aten.zeros.default}
 
 
 def may_hold_latents(graph: fx.Graph) -> bool:
-    """Whether some linear map is cut into heads and columns; saves matching twice where there is none."""
-    return any(_expansion(node) is not None for node in graph.nodes if target(node) is aten.transpose.int)
+    """Whether something that all heads share becomes part of something else; saves matching twice where not."""
+    joins = {aten.cat.default, aten.copy_.default}
+    return any(
+        one_head(node) is not None and any(user.target in joins for user in node.users)
+        for node in graph.nodes
+        if target(node) is aten.expand.default
+    )
 
 
 def find_latents(regions: list[Region], aliases: Aliases) -> list[Latent]:
@@ -45,28 +51,27 @@ def _latent(region: Region, aliases: Aliases) -> Latent | None:
         return None
     if needs_gradient(region.output) or not _keeps_its_mask(region, a, aliases):
         return None
-    joined = _joined(a.key, aliases)
-    value = _columns(a.value)
-    if joined is None or value is None:
+    joined = _joined(a.key, region.output, aliases)
+    values = _range(a.value)
+    if joined is None or values is None:
         return None
     first, second, reader, writes = joined
-    part = _columns(first)
-    expansion = _expansion(value[0])
-    if part is None or expansion is None or part[0] is not value[0]:
+    keys, shared = _range(first), one_head(second)
+    expansion = _expansion(values[0])
+    if keys is None or shared is None or expansion is None or keys[0] is not values[0]:
         return None
-    linear, columns = expansion
+    linear, width = expansion
     known = arguments(linear)
-    latents, weight, rotated = known["input"], known["weight"], _shared_by_heads(second)
-    if rotated is None or not _fit(a, latents, weight, rotated, part, value, columns):
-        return None
-    if not _pays(a, value[2]):
+    latents, weight, rotated = known["input"], known["weight"], shared[0]
+    if not _fit(a, latents, weight, rotated, keys[2], values[2], width) or not _pays(a, values[2]):
         return None
     late = region.output
-    if aliases.written_between(latents, linear, late) or aliases.written_between(weight, linear, late):
+    if any(aliases.written_between(node, linear, late) for node in (latents, weight)) or aliases.is_written(linear):
         return None
     if aliases.written_between(rotated, reader, late) or not _serve_only(a, region, writes):
         return None
-    return Latent(region, latents, weight, rotated, part[1:], value[1:], columns, writes)
+    region = replace(region, nodes=[*writes, *region.nodes])
+    return Latent(region, latents, weight, rotated, keys[1:], values[1:], width)
 
 
 def _keeps_its_mask(region: Region, a: Attention, aliases: Aliases) -> bool:
@@ -80,7 +85,7 @@ def _keeps_its_mask(region: Region, a: Attention, aliases: Aliases) -> bool:
 
 
 def _expansion(node: fx.Node) -> tuple[fx.Node, int] | None:
-    """The linear map behind ``linear(latents).view(B, N, H, C).transpose(1, 2)``, and C."""
+    """The linear map behind ``linear(latents).view(B, N, H, C).transpose(1, 2)``, and C, the width of a head."""
     if target(node) is not aten.transpose.int or sorted(int(dim) % 4 for dim in node.args[1:3]) != [1, 2]:  # type: ignore[arg-type]
         return None
     view: Any = node.args[0]
@@ -90,50 +95,34 @@ def _expansion(node: fx.Node) -> tuple[fx.Node, int] | None:
     linear: Any = view.args[0]
     if target(linear) is not aten.linear.default or arguments(linear)["bias"] is not None:
         return None
-    source, columns = fake(arguments(linear)["input"]), value.shape[3]
-    if source is None or not isinstance(columns, int) or not isinstance(value.shape[2], int):
+    source, width = fake(arguments(linear)["input"]), value.shape[3]
+    if source is None or not isinstance(width, int) or not isinstance(value.shape[2], int):
         return None
     if source.dim() not in (3, 4) or (source.dim() == 4 and not same(source.shape[1], 1)):
         return None
     rows = same(value.shape[0], source.shape[0]) and same(value.shape[1], source.shape[-2])
-    whole = same(fake(linear).shape[-1], value.shape[2] * columns)  # type: ignore[union-attr]
-    return (linear, columns) if rows and whole else None
+    whole = same(fake(linear).shape[-1], value.shape[2] * width)  # type: ignore[union-attr]
+    return (linear, width) if rows and whole else None
 
 
-def _columns(node: Any) -> tuple[fx.Node, int, int] | None:
-    """``(whole, first, count)`` when ``node`` is a range of the last dimension's columns of ``whole``."""
-    part = fake(node)
-    if part is None:
+def _range(node: fx.Node) -> tuple[fx.Node, int, int] | None:
+    """``(whole, first, count)`` when ``node`` is columns of ``whole`` at places that are numbers."""
+    found = columns(node)
+    if found is None:
         return None
-    if node.target is operator.getitem and target(node.args[0]) in _SPLITS:
-        split, index = node.args
-        known = arguments(split)
-        before = [piece.shape[-1] for piece in split.meta["val"][:index]]
-        first: Any = sum(before)
-    elif target(node) in (aten.slice.Tensor, aten.narrow.default):
-        known = arguments(node)
-        first = known["start"] or 0
-        if known.get("step", 1) != 1:
-            return None
-    else:
-        return None
-    whole = known["self"]
-    value, count = fake(whole), part.shape[-1]
-    if value is None or known["dim"] not in (-1, value.dim() - 1):
-        return None
-    if not isinstance(first, int) or not isinstance(count, int) or not isinstance(value.shape[-1], int):
-        return None
-    if not same_shape(value.shape[:-1], part.shape[:-1]):
-        return None
-    return whole, first % value.shape[-1] if count else first, count
+    whole, first, _ = found
+    count = fake(node).shape[-1]  # type: ignore[union-attr]
+    return (whole, first, count) if isinstance(first, int) and first >= 0 and isinstance(count, int) else None
 
 
-def _joined(key: fx.Node, aliases: Aliases) -> tuple[fx.Node, fx.Node, fx.Node, tuple[fx.Node, ...]] | None:
+def _joined(
+    key: fx.Node, late: fx.Node, aliases: Aliases
+) -> tuple[fx.Node, fx.Node, fx.Node, tuple[fx.Node, ...]] | None:
     """The two parts of a key's columns, the node that reads the second of them, and the writes that join them."""
     if target(key) is aten.cat.default:
         known, value = arguments(key), fake(key)
         parts = known["tensors"]
-        if value is None or known["dim"] not in (-1, value.dim() - 1) or len(parts) != 2:
+        if value is None or known["dim"] not in (-1, value.dim() - 1) or len(parts) != 2 or aliases.is_written(key):
             return None
         return parts[0], parts[1], key, ()
     if target(key) not in _NEW:
@@ -145,7 +134,9 @@ def _joined(key: fx.Node, aliases: Aliases) -> tuple[fx.Node, fx.Node, fx.Node, 
     ]
     if len(writes) != 2 or any(target(write) is not aten.copy_.default for write in writes):
         return None
-    places = [_columns(write.args[0]) for write in writes]
+    if aliases.version(key, late) != len(writes):
+        return None
+    places = [_range(write.args[0]) for write in writes]  # type: ignore[arg-type]
     if any(place is None or place[0] is not key for place in places):
         return None
     ordered = sorted(zip(places, writes), key=lambda pair: pair[0][1])  # type: ignore[index]
@@ -160,27 +151,16 @@ def _joined(key: fx.Node, aliases: Aliases) -> tuple[fx.Node, fx.Node, fx.Node, 
     return first.args[1], second.args[1], second, tuple(writes)  # type: ignore[return-value]
 
 
-def _shared_by_heads(node: Any) -> fx.Node | None:
-    """``[B, 1, N, P]`` behind an expansion of it to all heads."""
-    if target(node) is not aten.expand.default:
-        return None
-    source, value = fake(node.args[0]), fake(node)
-    if source is None or value is None or source.dim() != 4 or not same(source.shape[1], 1):
-        return None
-    alike = all(same(source.shape[i], value.shape[i]) for i in (0, 2, 3))
-    return node.args[0] if alike else None
-
-
 def _fit(
     a: Attention,
     latents: Any,
     weight: Any,
     rotated: fx.Node,
-    keys: tuple[fx.Node, int, int],
-    values: tuple[fx.Node, int, int],
-    columns: int,
+    key_count: int,
+    value_count: int,
+    width: int,
 ) -> bool:
-    """Whether the sizes are those of one batch of tokens and heads, in one dtype."""
+    """Whether the sizes are those of one batch of tokens and heads, in one dtype; ``width`` columns a head."""
     query, key, value = a.fake()
     c, w, rope = fake(latents), fake(weight), fake(rotated)
     if c is None or w is None or rope is None or not (query.dtype == c.dtype == w.dtype == rope.dtype == key.dtype):
@@ -193,10 +173,10 @@ def _fit(
         and tokens
         and same(key.shape[1], heads)
         and same(value.shape[1], heads)
-        and same_shape(w.shape, (heads * columns, c.shape[-1]))
-        and same(key.shape[3], keys[2] + rope.shape[3])
+        and same_shape(w.shape, (heads * width, c.shape[-1]))
+        and same(key.shape[3], key_count + rope.shape[3])
         and same(query.shape[3], key.shape[3])
-        and same(value.shape[3], values[2])
+        and same(value.shape[3], value_count)
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch.fx as fx
 
 from lz_compile.aliasing import Aliases
-from lz_compile.patterns.halves import half
+from lz_compile.patterns.columns import half
 from lz_compile.patterns.replaceable import Declined, only_user, own
 from lz_compile.patterns.walk import CASTS, arguments, aten, fake, same, same_shape, target
 from lz_compile.pointwise import Rope

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from road import Road, cast_parameters, compile_road
+from tiny import DECODERS
 
 _SIZES = {
     "vocab_size": 96,
@@ -101,6 +102,14 @@ def test_a_prefill_expands_its_own_few_tokens() -> None:
         ids = torch.randint(1, 96, (2, 24))
         torch.testing.assert_close(compiled(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-4)
     assert absorbed(road) == [0]
+
+
+def test_a_model_without_latents_is_not_matched_twice() -> None:
+    model = DECODERS[0].build("sdpa")
+    compiled, road = compile_road(model)
+    with torch.no_grad():
+        compiled(torch.randint(1, 96, (2, 9)))
+    assert road.regions and absorbed(road) == []
 
 
 def test_it_can_be_switched_off() -> None:
@@ -195,6 +204,35 @@ def test_values_may_stand_in_front_of_keys() -> None:
     check(written(forward), inputs(), 1)
 
 
+def test_a_start_in_front_of_the_first_column_is_the_first_column() -> None:
+    def forward(self: Written, query: Any, latents: Any, rotated: Any, mask: Any) -> Any:
+        kv = self.expand(latents).view(BATCH, KEYS, HEADS, -1).transpose(1, 2)
+        plain, values = kv[..., -(PLAIN + VALUES + 3) : PLAIN], kv[..., PLAIN:]
+        return F.scaled_dot_product_attention(
+            query, torch.cat([plain, rotated.expand(-1, HEADS, -1, -1)], -1), values, mask
+        )
+
+    check(written(forward), inputs(), 1)
+
+
+def test_a_result_may_be_the_query_of_the_next() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(3)
+            self.first = nn.Linear(RANK, HEADS * (PLAIN + PLAIN + TURNED), bias=False)
+
+        def forward(self, query: Any, latents: Any, rotated: Any, mask: Any) -> Any:
+            for _ in range(2):
+                kv = self.first(latents).view(BATCH, KEYS, HEADS, -1).transpose(1, 2)
+                plain, values = kv.split([PLAIN, PLAIN + TURNED], -1)
+                key = torch.cat([plain, rotated.expand(-1, HEADS, -1, -1)], -1)
+                query = F.scaled_dot_product_attention(query, key, values, mask)
+            return query
+
+    check(Twice(), inputs(), 2)
+
+
 def _bias(self: Written, query: Any, latents: Any, rotated: Any, mask: Any) -> Any:
     return Written.forward(self, query, latents, rotated, mask)
 
@@ -256,6 +294,32 @@ def _parts_overlap(self: Written, query: Any, latents: Any, rotated: Any, mask: 
     return F.scaled_dot_product_attention(query, key, values, mask)
 
 
+def _a_key_is_written_after_it_was_joined(self: Written, query: Any, latents: Any, rotated: Any, mask: Any) -> Any:
+    plain, values = self.parts(latents)
+    key = torch.cat([plain, rotated.expand(-1, HEADS, -1, -1)], -1)
+    key[..., 1:3].mul_(3)
+    return F.scaled_dot_product_attention(query, key, values, mask)
+
+
+def _the_expansion_is_written(self: Written, query: Any, latents: Any, rotated: Any, mask: Any) -> Any:
+    kv = self.expand(latents)
+    heads = kv.view(BATCH, KEYS, HEADS, -1).transpose(1, 2)
+    kv.mul_(2)
+    plain, values = heads.split([PLAIN, VALUES], -1)
+    return F.scaled_dot_product_attention(
+        query, torch.cat([plain, rotated.expand(-1, HEADS, -1, -1)], -1), values, mask
+    )
+
+
+def _a_part_is_written_afterwards(self: Written, query: Any, latents: Any, rotated: Any, mask: Any) -> Any:
+    plain, values = self.parts(latents)
+    key = plain.new_zeros(BATCH, HEADS, KEYS, PLAIN + TURNED)
+    key[..., :PLAIN].copy_(plain)
+    result = F.scaled_dot_product_attention(query, key, values, mask)
+    key[..., PLAIN:].copy_(rotated.expand(-1, HEADS, -1, -1))
+    return result
+
+
 def _hidden_by_a_finite_number(self: Written, query: Any, latents: Any, rotated: Any, mask: Any) -> Any:
     plain, values = self.parts(latents)
     key = torch.cat([plain, rotated.expand(-1, HEADS, -1, -1)], -1)
@@ -274,6 +338,9 @@ def _hidden_by_a_finite_number(self: Written, query: Any, latents: Any, rotated:
         _keys_are_changed,
         _a_third_write,
         _parts_overlap,
+        _a_key_is_written_after_it_was_joined,
+        _the_expansion_is_written,
+        _a_part_is_written_afterwards,
         _hidden_by_a_finite_number,
     ],
 )
