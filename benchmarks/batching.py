@@ -4,7 +4,7 @@
     python -m benchmarks.batching --prompts 4 --new 8   # smaller
 
 Prompts of different length are decoded together by transformers' own scheduler and paged cache, attention by SDPA.  The
-first call compiles; then each backend takes turns and the medians of whole calls are compared.  Greedy tokens are
+first call of a backend compiles; the median of whole calls after it is compared.  Greedy tokens are
 compared with eager's: with random weights and in bfloat16 near ties may fall to either side, so their share is printed.
 """
 
@@ -33,12 +33,12 @@ def build(layers: int, device: str) -> Any:
         return LlamaForCausalLM(config).to(torch.bfloat16 if device == "cuda" else torch.float32).eval()
 
 
-def generate(model: Any, prompts: list[list[int]], new: int, backend: str | None, dynamic: bool | None) -> Any:
+def generate(model: Any, prompts: list[list[int]], new: int, backend: str | None) -> Any:
     """The tokens of each prompt, and the seconds that the call took."""
     how = {}
     if backend is not None:
-        how["varlen_compile_config"] = CompileConfig(backend=backend, mode=None, fullgraph=False, dynamic=dynamic)
-    batching = ContinuousBatchingConfig(num_blocks=256, page_size=32, max_batch_tokens=512, **how)
+        how["varlen_compile_config"] = CompileConfig(backend=backend, mode=None, fullgraph=False, dynamic=True)
+    batching = ContinuousBatchingConfig(num_blocks=256, block_size=32, max_batch_tokens=512, **how)
     generation = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)
     begin = time.perf_counter()
     found = model.generate_batch(
@@ -68,9 +68,9 @@ def main() -> None:
     for name in names:
         torch._dynamo.reset()
         backend = None if name == "eager" else name
-        tokens[name], first[name] = generate(model, prompts, args.new, backend, True)
+        tokens[name], first[name] = generate(model, prompts, args.new, backend)
         for _ in range(args.rounds):
-            again, spent = generate(model, prompts, args.new, backend, True)
+            again, spent = generate(model, prompts, args.new, backend)
             seconds[name].append(spent)
             assert len(again) == len(prompts)
         print(f"{name}: {statistics.median(seconds[name]):.3f} s, first call {first[name]:.1f} s", flush=True)

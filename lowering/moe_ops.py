@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.library import triton_op, wrap_triton
 
+from .launch import dot_precision, multiprocessors, power_of_two
+
 try:
     # By name: torch finds the kernels of a triton_op in this module's names and puts their sources in its cache keys.
     from .moe_kernels import down_kernel, gate_up_kernel
@@ -85,7 +87,7 @@ def product_config(
         else:
             break
     deepest = 256 if tokens <= 16 else 128
-    return ProductConfig(wide, min(elements // wide, deepest, _power_of_two(depth)), 4, stages, splits)
+    return ProductConfig(wide, min(elements // wide, deepest, power_of_two(depth)), 4, stages, splits)
 
 
 def experts(
@@ -165,12 +167,7 @@ def _fake(
     down_bias: torch.Tensor | None,
     gate_up_along_k: bool,
     down_along_k: bool,
-    activation: str,
-    gated: bool,
-    interleaved: bool,
-    alpha: float = 1.0,
-    limit: float | None = None,
-    up_offset: float = 0.0,
+    *_: Any,
 ) -> torch.Tensor:
     """The result's memory alone: Triton's interpreter, which tests use, could not run on fake tensors."""
     _, second = _configs(hidden, indices, gate_up, down, gate_up_along_k, down_along_k)
@@ -188,7 +185,7 @@ def _configs(
     """Launch parameters of both products for these shapes."""
     tokens, top_k = indices.shape
     slots = min(gate_up.shape[0], tokens * top_k)
-    processors = _multiprocessors(hidden.device)
+    processors = multiprocessors(hidden.device)
     columns = gate_up.shape[1 if gate_up_along_k else 2]
     width, size = down.shape[2 if down_along_k else 1], hidden.shape[1]
     lies_along_k = [w.stride(2 if k else 1) == 1 for w, k in ((gate_up, gate_up_along_k), (down, down_along_k))]
@@ -226,9 +223,9 @@ def _run(
         "HIDDEN": size,
         "WIDTH": width,
         "BY_PAIR": slots < count,
-        "ROWS": _power_of_two(tokens),
-        "CHOICES": _power_of_two(top_k, 1),
-        "PRECISION": "ieee" if gate_up.dtype == torch.float32 else "tf32",
+        "ROWS": power_of_two(tokens),
+        "CHOICES": power_of_two(top_k, 1),
+        "PRECISION": dot_precision(gate_up.dtype),
         "STRIDE_IT": indices.stride(0),
         "STRIDE_IK": indices.stride(1),
     }
@@ -278,18 +275,3 @@ def _expert_arguments(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-
-
-def _multiprocessors(device: torch.device) -> int:
-    """The SM count; a constant under tracing.  An H200's where there is no GPU (Triton's interpreter)."""
-    if device.type != "cuda":
-        return 132
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def _power_of_two(size: int, least: int = 16) -> int:
-    """The next power of two, at least 16: the smallest side that ``tl.dot`` takes."""
-    result = least
-    while result < size:
-        result *= 2
-    return result

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.library import triton_op, wrap_triton
 
+from .launch import dot_precision, multiprocessors, power_of_two
 from .semantic import EMPTY_ROW, attend_output
 
 try:
@@ -70,7 +71,7 @@ def tile_config(
     Float32 runs without tensor cores, where small tiles avoid spills.  A symbolic number of queries gets the tile of
     a long prefill: choosing by it would add a guard.  Tiles of a mask tensor take shared memory as well.
     """
-    block = _power_of_two(head_size)
+    block = power_of_two(head_size)
     if dtype == torch.float32:
         return TileConfig(32, 32, 4, 2 if block <= 64 else 1)
     if isinstance(queries, int) and queries <= 1024:
@@ -93,7 +94,7 @@ def fill_config(dtype: torch.dtype) -> TileConfig:
 def split_config(dtype: torch.dtype, head_size: int) -> SplitConfig:
     """Tile sizes of ``split_kv``: about 64 KiB to 96 KiB of keys and values in flight, so that two programs fit on
     one SM and hide each other's prologue; decode only waits for memory."""
-    block = _power_of_two(head_size)
+    block = power_of_two(head_size)
     if block > MAX_HEAD_SIZE:
         return SplitConfig(16, 0, 8, 1) if dtype == torch.float32 else SplitConfig(32, 0, 8, 2)
     if dtype == torch.float32:
@@ -256,11 +257,11 @@ def _run_split_kv(
     kv_heads, keys, value_size = int(value.shape[1]), value.shape[2], value.shape[3]
     group = int(heads) // kv_heads
     config = config or split_config(query.dtype, max(head_size, value_size))
-    rows = min(_power_of_two(group * queries), _split_rows(query.dtype, max(head_size, value_size)))
+    rows = min(power_of_two(group * queries), _split_rows(query.dtype, max(head_size, value_size)))
     block_k, block_tail = _key_blocks(head_size)
     row_blocks = _ceil_div(group * queries, rows)
     splits = config.splits or split_count(
-        batch, kv_heads * row_blocks, keys, config.block_n, _multiprocessors(query.device)
+        batch, kv_heads * row_blocks, keys, config.block_n, multiprocessors(query.device)
     )
 
     out = attend_output(query, value)
@@ -288,7 +289,7 @@ def _run_split_kv(
         "GROUP": group,
         "DK": head_size,
         "DV": value_size,
-        "BLOCK_DV": _power_of_two(value_size),
+        "BLOCK_DV": power_of_two(value_size),
         "MASK_KIND": mask_kind,
         "SOFTCAP": softcap != 0.0,
     }
@@ -305,7 +306,7 @@ def _run_split_kv(
         CHUNK=chunk,
         HAS_BOUNDS=bounds is not None,
         HAS_KEY_MASK=key_mask is not None,
-        PRECISION=_dot_precision(query.dtype),
+        PRECISION=dot_precision(query.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **shared,
@@ -313,9 +314,9 @@ def _run_split_kv(
     combine[(heads * queries, batch)](
         out=out,
         **_strides("o", out, "bhm"),
-        BLOCK_SPLITS=_power_of_two(splits, 1),
+        BLOCK_SPLITS=power_of_two(splits, 1),
         HEADS=heads,
-        BLOCK_DK=_power_of_two(head_size),
+        BLOCK_DK=power_of_two(head_size),
         BLOCK_N=32 if head_size <= MAX_HEAD_SIZE else 8,
         EMPTY_ROW=empty_row,
         **_sink_arguments(sink, query),
@@ -375,12 +376,12 @@ def _run_tiled(
         "GROUP": int(heads) // kv_heads,
         "DK": head_size,
         "DV": value_size,
-        "BLOCK_DK": _power_of_two(head_size),
-        "BLOCK_DV": _power_of_two(value_size),
+        "BLOCK_DK": power_of_two(head_size),
+        "BLOCK_DV": power_of_two(value_size),
         "MASK_KIND": mask_kind,
         "SOFTCAP": softcap != 0.0,
         "EMPTY_ROW": empty_row,
-        "PRECISION": _dot_precision(query.dtype),
+        "PRECISION": dot_precision(query.dtype),
     }
     attend_tiles, fill_empty_rows = launchers
     attend_tiles[(_ceil_div(queries, config.block_m) * heads, batch)](
@@ -430,18 +431,13 @@ def _exponent_factor(scale: float, softcap: float) -> float:
     return (softcap or scale) * LOG2E
 
 
-def _dot_precision(dtype: torch.dtype) -> str:
-    """Float32 inputs get float32 products, not TF32's; for other dtypes the setting says nothing."""
-    return "ieee" if dtype == torch.float32 else "tf32"
-
-
 def _key_blocks(head_size: int) -> tuple[int, int]:
     """The columns of a key as one block, or for wide heads as the largest power of two in them and a block for the
     rest."""
-    block = _power_of_two(head_size)
+    block = power_of_two(head_size)
     if head_size <= MAX_HEAD_SIZE or block == head_size:
         return block, 0
-    return block // 2, _power_of_two(head_size - block // 2)
+    return block // 2, power_of_two(head_size - block // 2)
 
 
 def _split_rows(dtype: torch.dtype, head_size: int) -> int:
@@ -475,20 +471,5 @@ def _sink_arguments(sink: torch.Tensor | None, query: torch.Tensor) -> dict[str,
     return {"sink": sink, "stride_sink": sink.stride(0), "HAS_SINK": True}
 
 
-def _multiprocessors(device: torch.device) -> int:
-    """The SM count; a constant under tracing.  An H200's where there is no GPU (Triton's interpreter)."""
-    if device.type != "cuda":
-        return 132
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 def _ceil_div(a: Any, b: Any) -> Any:
     return -(-a // b)
-
-
-def _power_of_two(size: int, least: int = 16) -> int:
-    """The next power of two, at least 16: the smallest side that ``tl.dot`` takes."""
-    result = least
-    while result < size:
-        result *= 2
-    return result
