@@ -26,3 +26,9 @@ def fake_mode_of(values: list[Any]) -> Any:
         if isinstance(value, torch._subclasses.FakeTensor):
             return value.fake_mode
     return None
+
+
+def scans_long_rows(device: torch.device) -> bool:
+    """Whether Inductor can compile a cumulative sum over a long row: not on CUDA until 2.11, where its code generation
+    of split scans raises a TypeError."""
+    return device.type != "cuda" or torch.__version__ >= torch.torch_version.TorchVersion("2.12")

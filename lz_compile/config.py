@@ -37,7 +37,7 @@ absorb_latents: bool = True
 
 # Region kinds to look for, where some kernel runs on the graph's device; an empty list leaves every graph to Inductor.
 # Not among them unless asked for: "rolled_window", by which a full sliding cache on CUDA moves its rows in place.
-kinds: list[str] = ["attention", "rope_table", "rms_norm", "glu", "rope", "moe"]
+kinds: list[str] = ["attention", "rope_table", "rms_norm", "glu", "rope", "moe", "sampling"]
 
 # Values of settings that take one of a few words.
 _WORDS = {"measure": ("auto", "cached", "off")}

@@ -8,6 +8,7 @@ Enters: a region with ``op`` and ``inputs``.  Leaves: a :class:`PointwiseSpecime
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +18,10 @@ import torch.fx as fx
 
 from lz_compile.aliasing import Aliases
 from lz_compile.moe import Moe
+from lz_compile.normalize import spell_out_constants
 from lz_compile.qualify import Problem, largest_excess
 from lz_compile.region import Region
+from lz_compile.sampling import Sampling
 from lz_compile.specimen import (
     Draw,
     Emit,
@@ -44,6 +47,8 @@ class PointwiseSpecimen(Specimen):
             raise NoSpecimen(f"regions of kind {region.kind} are not run on their own")
         specimen = cls(region, copied)
         for node in region.inputs:
+            if not isinstance(node.meta["val"], torch.Tensor):
+                raise NoSpecimen(f"{node.name} is a number that is known only at run time")
             if node not in specimen.layouts:
                 specimen.sources.append(node)
                 specimen.layouts[node] = Layout.of(node.meta["val"])
@@ -70,6 +75,21 @@ class PointwiseSpecimen(Specimen):
         region = dataclasses.replace(self.region, output=anchor, nodes=[], op=op, inputs=own)
         return emitted(module, emit, make_emitter, region)
 
+    def as_it_stood(self) -> fx.GraphModule:
+        """The region's own nodes from its inputs to its output, with what they write in place, and constants."""
+        module, inputs = self._inputs()
+        mapping = dict(zip(self.sources, inputs))
+        wanted = {*between(set(self.sources), self.region.output, constants=True), *self.region.nodes}
+        for node in self.region.output.graph.nodes:
+            if node not in wanted:
+                continue
+            if node.op == "get_attr":
+                setattr(module, str(node.target), getattr(node.graph.owning_module, str(node.target)))
+            mapping[node] = module.graph.node_copy(node, lambda n: mapping[n])
+        module.graph.output(mapping[self.region.output])
+        spell_out_constants(module)
+        return module
+
     def inputs_of(self, kind: Draw, seed: int) -> list[torch.Tensor]:
         """Normal values; ``"other"`` draws are ten times as large and off centre.  Integers are a choice of experts."""
         generator = torch.Generator(self.device).manual_seed(zlib.crc32(f"{kind} {seed}".encode()))
@@ -78,6 +98,10 @@ class PointwiseSpecimen(Specimen):
             layout = self.layouts[node]
             assert isinstance(layout, Layout)
             tensor = layout.empty()
+            if isinstance(self.region.op, Sampling):
+                fill(tensor, _scored(self.region.op, node, layout, kind, generator))
+                result.append(tensor)
+                continue
             if isinstance(self.region.op, Moe):
                 fill(tensor, _routed(self.region.op, node, layout, kind, generator))
                 result.append(tensor)
@@ -105,6 +129,23 @@ def _routed(op: Moe, node: fx.Node, layout: Layout, kind: Draw, generator: torch
         if node is weight:
             return normal.div_(layout.sizes[2 if order == "out, in" else 1] ** 0.5)
     return normal if kind == "typical" else 3 * normal + 1
+
+
+def _scored(op: Sampling, node: fx.Node, layout: Layout, kind: Draw, generator: torch.Generator) -> torch.Tensor:
+    """A value for an input of a chain of filters: scores, ids of seen tokens, or a parameter.
+
+    ``"other"`` scores are whole numbers, so that there are ties everywhere, and one in eight is -inf.
+    """
+    if any(node is item.ids for item in op.filters):
+        most = op.scores.meta["val"].shape[-1]
+        return torch.randint(0, most, layout.sizes, generator=generator, device=layout.device)
+    if node is not op.scores:
+        return torch.full(layout.sizes, 0.5, device=layout.device)
+    scores = 3 * torch.randn(layout.sizes, generator=generator, device=layout.device)
+    if kind == "typical":
+        return scores
+    hidden = torch.rand(layout.sizes, generator=generator, device=layout.device) < 0.125
+    return scores.round().masked_fill(hidden, -torch.inf)
 
 
 class PointwiseReference:
@@ -135,6 +176,8 @@ class PointwiseReference:
 
     def error(self, problem: Problem, output: torch.Tensor) -> float:
         expected, op = self._answers[problem.draw], self.specimen.region.op
+        if isinstance(op, Sampling):
+            return 0.0 if torch.equal(output, expected) else math.inf
         dtypes = [output.dtype]
         if isinstance(op, Moe):  # products of experts run in the dtype of their weights
             dtypes.append(op.gate_up.meta["val"].dtype)
@@ -142,7 +185,8 @@ class PointwiseReference:
         return largest_excess(output, expected, expected.abs().amax(-1, keepdim=True), coarsest)
 
     def _wide(self, node: fx.Node, value: torch.Tensor) -> torch.Tensor:
-        """In float64, except the weights of experts, which may fill a device: their meaning widens them one by one."""
+        """In float64, except the weights of experts, which may fill a device: their meaning widens them one by one;
+        and except scores, of which filters keep those that their own rounding leaves."""
         op = self.specimen.region.op
-        is_large = isinstance(op, Moe) and node in (op.gate_up, op.down)
-        return value.double() if value.is_floating_point() and not is_large else value
+        as_it_is = isinstance(op, Sampling) or (isinstance(op, Moe) and node in (op.gate_up, op.down))
+        return value.double() if value.is_floating_point() and not as_it_is else value

@@ -239,15 +239,15 @@ def moved(form: Any, mapping: dict[fx.Node, fx.Node]) -> Any:
     return form
 
 
-def between(first: set[fx.Node], last: fx.Node) -> list[fx.Node]:
-    """The nodes from ``first`` (left out) to ``last``, in graph order."""
+def between(first: set[fx.Node], last: fx.Node, constants: bool = False) -> list[fx.Node]:
+    """The nodes from ``first`` (left out) to ``last``, in graph order, those of ``constants`` too where asked for."""
     found: set[fx.Node] = set()
     waiting = [last]
     while waiting:
         node = waiting.pop()
         if node in first or node in found:
             continue
-        if node.op != "call_function":
+        if node.op != "call_function" and not (constants and node.op == "get_attr"):
             raise NoSpecimen(f"it reads {node.name}, which is neither query, key, value nor mask")
         found.add(node)
         waiting += node.all_input_nodes

@@ -12,11 +12,18 @@ from lz_compile.patterns.glu import find_glus
 from lz_compile.patterns.moe import find_moes
 from lz_compile.patterns.norms import find_rms_norms
 from lz_compile.patterns.rope import find_ropes
+from lz_compile.patterns.sampling import find_samplings
 from lz_compile.region import Region
 
 Finder = Callable[[fx.Graph, Aliases, Callable[[fx.Node], Any]], list[Region]]
 
-POINTWISE: dict[str, Finder] = {"rms_norm": find_rms_norms, "glu": find_glus, "rope": find_ropes, "moe": find_moes}
+POINTWISE: dict[str, Finder] = {
+    "rms_norm": find_rms_norms,
+    "glu": find_glus,
+    "rope": find_ropes,
+    "moe": find_moes,
+    "sampling": find_samplings,
+}
 
 # Whole blocks, which hold regions of other kinds.
 BLOCKS = frozenset({"moe"})
