@@ -1,10 +1,13 @@
 """Filters of next-token scores on the CPU, without a sort of indices.
 
 ``lz_compile::filter_scores_cpu_v1`` gives what :func:`lz_compile.lowering.sampling.filter_scores` gives, to the bit.
-A filter that orders its row needs two things of the order: the values in it, whose softmax and cumulative sum PyTorch
-computes as eager does, and the value at the boundary, which a comparison with the unsorted row turns into the kept set.
-The sort of values alone is NumPy's, vectorised; -inf, which an earlier filter may have left nearly everywhere, is put
-in front unsorted.  Of ties with the boundary a stable sort keeps the last ones, or for ``typical`` all.
+A top-p filter needs two things of its row's order: the values in it, whose softmax and cumulative sum PyTorch computes
+as eager does, and the value at the boundary; a comparison with the unsorted row then gives the kept set.  The sort of
+values alone is NumPy's, vectorised; -inf, which an earlier filter may have left nearly everywhere, is not sorted.
+
+Which of several scores equal to the boundary go is PyTorch's sort to say, which is not stable on the CPU: such a row is
+sorted with its indices, as eager does.  So is a ``typical`` filter's, where equal distances of different scores are
+common and change the sums.
 """
 
 from __future__ import annotations
@@ -22,7 +25,6 @@ from lz_compile.lowering.sampling import (
     SCHEMA,
     Step,
     arguments_of,
-    distance_from_entropy,
     fake_scores,
     filters_verdict,
     sampling_work,
@@ -38,6 +40,9 @@ else:
     _missing = None
 
 _DTYPES = (torch.float32, torch.float64)
+# A whole number of any vector registers and of any blocks in which PyTorch's softmax adds: that many zeros in front of
+# a row leave its sums as they are, to the bit.
+_BLOCK = 4096
 
 
 def filter_scores_cpu(
@@ -56,60 +61,67 @@ def filter_scores_cpu(
 
 
 def _top_k(scores: torch.Tensor, step: Step) -> torch.Tensor:
-    return _without(scores, scores < scores.topk(int(step.value))[0][:, -1:], step)
-
-
-def _without(scores: torch.Tensor, removed: torch.Tensor, step: Step) -> torch.Tensor:
-    return torch.where(removed, step.fill, scores)
-
-
-def _top_p(scores: torch.Tensor, step: Step) -> torch.Tensor:
-    ascending = _ascending(scores)
-    count = _reached(ascending, step.value, right=True).clamp_(max=max(scores.shape[1] - step.keep, 0))
-    least = ascending.gather(1, count)
-    removed = scores < least
-    ties = torch.where(count > 0, count - torch.searchsorted(ascending, least), 0)
-    for row in ties.squeeze(1).nonzero().squeeze(1).tolist():
-        equal = (scores[row] == least[row]).nonzero().squeeze(1)
-        removed[row, equal[: int(ties[row])]] = True
-    return _without(scores, removed, step)
-
-
-def _reached(ordered: torch.Tensor, limit: float, right: bool) -> torch.Tensor:
-    """How many cumulative probabilities of each row are below ``limit``, or with ``right`` at most that: ``[B, 1]``.
-
-    They never fall, because PyTorch adds them in double precision from left to right; or all are NaN.
-    """
-    sums = ordered.softmax(-1).cumsum(-1)
-    count = torch.searchsorted(sums, torch.full((len(sums), 1), limit, dtype=sums.dtype), right=right)
-    return count.masked_fill_(sums[:, -1:].isnan(), 0)
-
-
-def _ascending(scores: torch.Tensor) -> torch.Tensor:
-    """Each row's values in ascending order, NaN last."""
-    out = torch.empty(scores.shape, dtype=scores.dtype)
-    _each(_sort_row, zip(scores.numpy(), out.numpy()))
+    out = torch.empty_like(scores, memory_format=torch.contiguous_format)
+    least = scores.topk(int(step.value))[0][:, -1].numpy()
+    _each(lambda row: _raise_to(scores[row], least[row], step.fill, out[row]), range(len(scores)))
     return out
 
 
-def _sort_row(rows: tuple[Any, Any]) -> None:
-    row, into = rows
-    finite = row[row != -np.inf]
+def _raise_to(row: torch.Tensor, least: Any, fill: float, out: torch.Tensor) -> None:
+    """``row`` with what is less than ``least`` replaced; NaN stays, and stays everything where ``least`` is NaN."""
+    if least > -np.inf:
+        torch.threshold(row, float(np.nextafter(least, least.dtype.type(-np.inf))), fill, out=out)
+    else:
+        out.copy_(row)
+
+
+def _top_p(scores: torch.Tensor, step: Step) -> torch.Tensor:
+    if step.value < 0:
+        return FILTERS["top_p"](scores, step)
+    out = torch.empty_like(scores, memory_format=torch.contiguous_format)
+    _each(lambda row: _top_p_row(scores[row], step, out[row]), range(len(scores)))
+    return out
+
+
+def _top_p_row(row: torch.Tensor, step: Step, out: torch.Tensor) -> None:
+    values = row.numpy()
+    end, hidden = _ascending(values)
+    ascending = torch.from_numpy(end)
+    sums = ascending.softmax(-1).cumsum(-1)
+    # Sums never fall, for PyTorch adds in double precision from left to right; or all are NaN.
+    if not len(end) or bool(sums[-1].isnan()):
+        out.copy_(row)
+        return
+    limit = torch.tensor(step.value, dtype=sums.dtype)
+    count = min(hidden + int(torch.searchsorted(sums, limit, right=True)), max(len(values) - step.keep, 0))
+    least = end[count - hidden] if count >= hidden else end.dtype.type(-np.inf)
+    less = hidden + int(np.searchsorted(end, least)) if count >= hidden else 0
+    if count > less:
+        out.copy_(row)
+        out[row.sort()[1][:count]] = step.fill
+    else:
+        _raise_to(row, least, step.fill, out)
+
+
+def _ascending(values: Any) -> tuple[Any, int]:
+    """A row's values in ascending order, NaN last, without a number of -inf in front, whole blocks; and that number."""
+    finite = values[values != -np.inf]
     finite.sort()
-    start = len(row) - len(finite)
-    into[:start] = -np.inf
-    into[start:] = finite
+    hidden = (len(values) - len(finite)) // _BLOCK * _BLOCK if len(finite) else len(values)
+    end = np.full(len(values) - hidden, -np.inf, values.dtype)
+    end[len(end) - len(finite) :] = finite
+    return end, hidden
 
 
-def _each(work: Callable[[Any], None], items: Iterable[Any]) -> None:
-    """``work`` of each item, on as many threads as PyTorch uses: NumPy sorts without the interpreter's lock."""
+def _each(work: Callable[[int], None], rows: Iterable[int]) -> None:
+    """``work`` of each row, on as many threads as PyTorch uses: NumPy sorts without the interpreter's lock."""
     threads = torch.get_num_threads()
     if threads == 1:
-        for item in items:
-            work(item)
+        for row in rows:
+            work(row)
         return
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, items))
+        list(pool.map(work, rows))
 
 
 def _min_p(scores: torch.Tensor, step: Step) -> torch.Tensor:
@@ -117,35 +129,12 @@ def _min_p(scores: torch.Tensor, step: Step) -> torch.Tensor:
     removed = weights < weights.amax(-1, keepdim=True) * step.value
     if step.keep > 1 or not 0 <= step.value <= 1:  # else the likeliest is never less likely than the limit
         removed.scatter_(1, weights.topk(step.keep)[1], False)
-    return _without(scores, removed, step)
+    return torch.where(removed, step.fill, scores)
 
 
 def _epsilon(scores: torch.Tensor, step: Step) -> torch.Tensor:
     least = scores.amax(-1, keepdim=True) if step.keep == 1 else scores.topk(step.keep)[0][:, -1:]
-    return _without(scores, (scores.softmax(-1) < step.value) & (scores < least), step)
-
-
-def _typical(scores: torch.Tensor, step: Step) -> torch.Tensor:
-    distance = distance_from_entropy(scores)
-    order = _order(distance)
-    below = _reached(scores.gather(1, order), step.value, right=False)
-    last = order.gather(1, below.clamp_(max=scores.shape[1] - 1))
-    removed = distance > distance.gather(1, last)
-    if step.keep > 1:
-        removed.scatter_(1, order[:, : step.keep], False)
-    return _without(scores, removed, step)
-
-
-def _order(distance: torch.Tensor) -> torch.Tensor:
-    """The indices that sort each row of float32 without negative numbers, ties in order of their indices, NaN last.
-
-    Such numbers order as their bits do: a vectorised sort of bits and index in one integer is a stable sort.
-    """
-    size = distance.shape[1]
-    keys = distance.numpy().view(np.uint32).astype(np.uint64) << np.uint64(32)
-    keys |= np.arange(size, dtype=np.uint64)
-    _each(lambda row: row.sort(), keys)
-    return torch.from_numpy((keys & np.uint64(0xFFFFFFFF)).astype(np.int64))
+    return torch.where((scores.softmax(-1) < step.value) & (scores < least), step.fill, scores)
 
 
 _FILTERS: dict[str, Callable[[torch.Tensor, Step], torch.Tensor]] = {
@@ -153,7 +142,6 @@ _FILTERS: dict[str, Callable[[torch.Tensor, Step], torch.Tensor]] = {
     "top_p": _top_p,
     "min_p": _min_p,
     "epsilon": _epsilon,
-    "typical": _typical,
 }
 
 _library = torch.library.Library("lz_compile", "FRAGMENT")
@@ -170,8 +158,6 @@ def _supports(region: Region) -> Verdict:
         return _missing
     if value.dtype not in _DTYPES:
         return f"does not take {value.dtype}"
-    if value.dtype != torch.float32 and any(item.kind == "typical" for item in region.op.filters):
-        return "orders distances from the entropy in float32"
     return filters_verdict(region)
 
 
