@@ -24,7 +24,7 @@ from fnmatch import fnmatchcase
 
 from lz_compile import config, discovery
 from lz_compile.discovery import Finding, Spec
-from lz_compile.lowering import aten, cpu, sampling, sampling_cpu, tables, triton, triton_moe
+from lz_compile.lowering import aten, cpu, sampling, sampling_cpu, tables, triton, triton_moe, triton_sampling
 from lz_compile.region import Kernel, Provider
 
 log = logging.getLogger("lz_compile")
@@ -42,6 +42,8 @@ KERNELS: list[Kernel] = [
     tables.STORED,
     triton_moe.MOE,
     sampling_cpu.FILTERED,
+    triton_sampling.UNSETTLED,
+    triton_sampling.FILTERS,
     sampling.WARPERS,
 ]
 KERNELS += [kernel for kernel in aten.PROVIDER.kernels if kernel not in KERNELS]

@@ -45,7 +45,8 @@ def own(region: Region, core: Sequence[fx.Node], edges: Sequence[fx.Node], alias
     for node in edges:
         if aliases.written_between(node, node, region.output):
             raise Declined(f"{node.name} is written before it is used")
-    if any(same(size, 0) for value in (*region.inputs, region.output) for size in fake(value).shape):  # type: ignore[union-attr]
+    tensors = [value for node in (*region.inputs, region.output) if (value := fake(node)) is not None]
+    if any(same(size, 0) for value in tensors for size in value.shape):
         raise Declined("there is nothing to compute")
     region.nodes = _unshared(core, edges, aliases)
 

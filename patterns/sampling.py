@@ -191,13 +191,13 @@ def _kth(r: _Reader, node: Any, scores: fx.Node) -> int:
     r.last(node, known["dim"])
     column = r.take(known["self"], aten.select.int)
     r.last(column["self"], column["dim"])
-    top, arguments_ = r.item(column["self"], 0, aten.topk.default)
-    k = arguments_["k"]
-    if not isinstance(k, int) or arguments_["self"] is not scores or not arguments_["largest"]:
+    _, top = r.item(column["self"], 0, aten.topk.default)
+    k = top["k"]
+    if not isinstance(k, int) or top["self"] is not scores or not top["largest"]:
         raise _Other
-    if not arguments_["sorted"] or column["index"] not in (-1, k - 1):
+    if not top["sorted"] or column["index"] not in (-1, k - 1):
         raise _Other
-    r.last(scores, arguments_["dim"])
+    r.last(scores, top["dim"])
     return k
 
 
