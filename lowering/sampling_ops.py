@@ -46,7 +46,7 @@ def available() -> str | None:
 def splits_of(rows: int, size: int, processors: int) -> int:
     """Programs a row: a power of two, for about four programs of eight warps an SM."""
     splits = 1
-    while splits < _MOST_SPLITS and rows * splits < 4 * processors and size > 2 * splits * _BLOCK:
+    while splits < _MOST_SPLITS and rows * splits <= 2 * processors and size > 2 * splits * _BLOCK:
         splits *= 2
     return splits
 

@@ -80,7 +80,9 @@ class PointwiseSpecimen(Specimen):
         """The region's own nodes from its inputs to its output, with what they write in place, and constants."""
         module, inputs = self._inputs()
         mapping = dict(zip(self.sources, inputs))
-        wanted = {*between(set(self.sources), self.region.output, constants=True), *self.region.nodes}
+        # What is written in place is not behind the output.
+        ends = (self.region.output, *(node for node in self.region.nodes if not node.users))
+        wanted = {node for end in ends for node in between(set(self.sources), end, constants=True)}
         for node in self.region.output.graph.nodes:
             if node not in wanted:
                 continue

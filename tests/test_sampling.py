@@ -236,6 +236,7 @@ OTHER_TOP_K: dict[str, Callable[..., Any]] = {
     "of columns": lambda x: _top_k(x, lambda x: x.topk(5, 0)[0][-1, None]),
     "of other scores": lambda x: _top_k(x, lambda x: (2 * x).topk(5)[0][..., -1, None]),
     "less or equal": lambda x: _top_k(x, lambda x: x.topk(5)[0][..., -1, None], torch.le),
+    "of scores before they were written": lambda x: _filled_after_a_write(x * 1.0),
     "min-p of other weights": lambda x: x.masked_fill(
         x.softmax(-1) < 0.5 * (2 * x).softmax(-1).amax(-1, True), -torch.inf
     ),
@@ -250,6 +251,12 @@ def _penalty(x: torch.Tensor, times: float, over: float, compare: Callable[..., 
     seen = padded.gather(1, index)
     seen = torch.where(compare(seen, 0), seen * times, seen / over)
     return padded.scatter(1, index, seen)[:, : x.shape[1]]
+
+
+def _filled_after_a_write(y: torch.Tensor) -> torch.Tensor:
+    mask = y < y.topk(5)[0][..., -1, None]
+    y.mul_(2)
+    return y.masked_fill(mask, -torch.inf)
 
 
 @pytest.mark.parametrize("name", list(OTHER_TOP_K))
@@ -276,13 +283,6 @@ def _mask_is_read(x: torch.Tensor) -> Any:
     return x.masked_fill(mask, -torch.inf), mask
 
 
-def _scores_are_written(x: torch.Tensor) -> Any:
-    y = x * 1.0
-    mask = y < y.topk(5)[0][..., -1, None]
-    y.mul_(2)
-    return y.masked_fill(mask, -torch.inf)
-
-
 def _a_view_of_the_scores_is_written(x: torch.Tensor) -> Any:
     y = x * 1.0
     first = y[:, :3]
@@ -296,7 +296,6 @@ def _a_view_of_the_scores_is_written(x: torch.Tensor) -> Any:
     [
         (_order_is_read, "used elsewhere"),
         (_mask_is_read, "used elsewhere"),
-        (_scores_are_written, "is written between"),
         (_a_view_of_the_scores_is_written, "is written between"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -344,7 +343,7 @@ def chains(draw: st.DrawFn) -> list[Step]:
 def odd_scores(rows: int, size: int, seed: int) -> torch.Tensor:
     """Rows of every sort: peaked and flat, with ties, equal, of both zeros, with -inf, all -inf, infinity, NaN."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, size, generator=generator) * 6 * torch.rand(rows, 1, generator=generator)
+    x = 6 * torch.randn(rows, size, generator=generator) * torch.rand(rows, 1, generator=generator)
     half = torch.rand(rows, size, generator=generator) < 0.5
     x[::3] = x[::3].round()
     x[1::5] = x[1::5].masked_fill(half[1::5], -torch.inf)
@@ -370,10 +369,9 @@ def test_any_chain_keeps_exactly_the_warpers_set(steps: list[Step], size: int, s
     assert same_bits(filtered(x, steps), filter_scores(x, steps))
 
 
-@pytest.mark.parametrize("share", [0.05, 0.1, 0.5])
-def test_ten_thousand_rows_keep_exactly_the_top_p_warpers_set(share: float) -> None:
+def test_ten_thousand_rows_keep_exactly_the_top_p_warpers_set() -> None:
     x = odd_scores(10_000, 331, 0)
-    warper = TopPLogitsWarper(1 - share)
+    warper = TopPLogitsWarper(0.9)
     got = filtered(x, [Step("top_p", 1 - warper.top_p)])
     assert same_bits(got, warper(None, x))
     assert int((got == -torch.inf).sum()) > 1000 * 331
@@ -426,11 +424,11 @@ def test_same_seed_same_tokens_as_eager() -> None:
 
 
 def test_draws_follow_the_filtered_distribution() -> None:
-    x = scores(1, 24, 5)
+    x = scores(2, 24, 5)[1:] / 4
     expected = USUAL(None, x)[0].double().softmax(-1)
     run, _ = compile_road(lambda x: torch.multinomial(USUAL(None, x).softmax(-1), 1), prefer=["cpu.filters"])
     torch.manual_seed(0)
-    count = 20_000
+    count = 5_000
     seen = torch.bincount(run(x.expand(count, -1)).squeeze(1), minlength=24).double()
     kept = expected > 0
     assert seen[~kept].sum() == 0 and kept.sum() > 4
@@ -448,7 +446,7 @@ def test_a_whole_step_of_a_real_model_draws_eagers_tokens() -> None:
         logits = net(prompt, use_cache=False).logits[:, -1].to(torch.float32, copy=True)
         return torch.multinomial(USUAL(prompt, logits).softmax(-1), 1)
 
-    run, road = compile_road(step, prefer=["cpu.filters"])
+    run, road = compile_road(step, kinds=["sampling"], prefer=["cpu.filters"])
     drawn = []
     with torch.no_grad():
         for fn in (run, step):
