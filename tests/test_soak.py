@@ -22,7 +22,8 @@ def _quiet(line: str) -> None:
 
 
 def test_a_few_models_leave_nothing_behind() -> None:
-    good, line, marks = soak.soak(6, "layerzero", warm_up=2, every=2, say=_quiet)
+    # Five written blocks and an architecture; Inductor's code generation, most of the time, is left to the slow test.
+    good, line, marks = soak.soak(6, "road", seed=25, warm_up=2, every=2, say=_quiet)
     assert good, line
     assert marks[-1].reports >= 6, "the models did not reach the backend"
 
@@ -33,8 +34,8 @@ def test_two_hundred_models_leave_nothing_behind() -> None:
     assert good, line
 
 
-# A planted leak shows without compiled libraries.
-_MODELS = {"backend": "road", "warm_up": 2, "every": 2, "say": _quiet}
+# A planted leak shows without compiled libraries, and in models that are written here (these seeds draw blocks).
+_MODELS: dict[str, Any] = {"models": 2, "backend": "road", "seed": 27, "warm_up": 1, "say": _quiet}
 
 
 def test_weak_keys_whose_values_hold_them_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +49,7 @@ def test_weak_keys_whose_values_hold_them_are_detected(monkeypatch: pytest.Monke
         return transform(normal, *rest)
 
     monkeypatch.setattr(lz_compile.backend, "_transform", remembering)
-    good, line, marks = soak.soak(4, **_MODELS)
+    good, line, marks = soak.soak(**_MODELS)
     assert not good
     assert "lz_compile.lowering.lengths._planted holds" in line
     assert marks[-1].graphs > marks[0].graphs
@@ -56,7 +57,7 @@ def test_weak_keys_whose_values_hold_them_are_detected(monkeypatch: pytest.Monke
 
 def test_instances_of_ours_that_something_else_keeps_are_detected() -> None:
     kept: list[Any] = []  # not a container of ours: only the instances show
-    good, line, _ = soak.soak(4, **_MODELS, after_each=lambda: kept.append(lz_compile.policy.Policy()))
+    good, line, _ = soak.soak(**_MODELS, after_each=lambda: kept.append(lz_compile.policy.Policy()))
     assert not good
     assert "more instances of Policy" in line
     kept.clear()
@@ -65,7 +66,7 @@ def test_instances_of_ours_that_something_else_keeps_are_detected() -> None:
 def test_entries_that_hold_no_graph_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     names: set[str] = set()
     monkeypatch.setattr(lz_compile.policy, "_planted", names, raising=False)
-    good, line, _ = soak.soak(4, **_MODELS, after_each=lambda: names.add(f"model {len(names)}"))
+    good, line, _ = soak.soak(**_MODELS, after_each=lambda: names.add(f"model {len(names)}"))
     assert not good
     assert "more entries in lz_compile.policy._planted" in line
 
@@ -79,7 +80,7 @@ def test_a_model_that_is_kept_is_detected(monkeypatch: pytest.MonkeyPatch) -> No
         return kept[-1]
 
     monkeypatch.setattr(soak, "draw", keeping)
-    good, line, _ = soak.soak(4, **_MODELS)
+    good, line, _ = soak.soak(**_MODELS)
     assert not good
     assert "dropped models are alive" in line
 
@@ -92,9 +93,9 @@ def test_a_wrong_answer_is_no_flat_memory(monkeypatch: pytest.MonkeyPatch) -> No
         return model, lambda run: [answer + (run is not model) for answer in ask(run)]
 
     monkeypatch.setattr(soak, "draw", wrong)
-    good, line, _ = soak.soak(2, **_MODELS)
+    good, line, _ = soak.soak(**_MODELS)
     assert not good
-    assert "seed 0 is wrong" in line
+    assert "seed 27 is wrong" in line
 
 
 def test_what_explain_compiled_dies_with_its_model() -> None:
