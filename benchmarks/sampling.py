@@ -4,10 +4,9 @@
     python -m benchmarks.sampling --check          # kept sets on 10,000 rows, ties and infinities included
     python -m benchmarks.sampling --check --rounded    # the same with rounded_filters, as under CUDA graphs
 
-Scores are normal values times ``--spread`` (1: flat, a top-p boundary among thousands of nearly equal tokens; a language
-model's are nearer to 3 or more).  ``--bfloat16`` rounds them, so that many are equal.  A time is the median of the
-calls' own; on a GPU they run one by one, after one another in a stream, and the scores are in its L2 cache or not as
-they happen to be.
+Scores are normal values times ``--spread`` (1: flat, a top-p boundary among thousands of nearly equal tokens; those of
+a language model are nearer to 3 or more).  ``--bfloat16`` rounds them, so that many are equal.  A time is the median of
+the calls' own; on a GPU four inputs take turns, which its L2 cache may hold.
 
 ``layerzero`` filters rows whose boundary eager's own rounding may have moved as eager does, so its time depends on
 the rows; ``layerzero, rounded`` never does, runs in a CUDA graph here, and ``--check`` counts the rows that differ.

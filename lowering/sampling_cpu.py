@@ -54,7 +54,7 @@ def filter_scores_cpu(
     fills: Sequence[float],
 ) -> torch.Tensor:
     """The filters over ``scores`` ``[B, V]``, float32 or float64."""
-    out = scores
+    out = scores = scores.detach()  # NumPy takes no leaf that wants a gradient, whatever the mode
     for step in steps_of(ids, kinds, values, keeps, fills):
         out = _FILTERS.get(step.kind, FILTERS[step.kind])(out, step)
     return out.clone(memory_format=torch.contiguous_format) if out is scores else out.contiguous()
@@ -120,8 +120,14 @@ def _each(work: Callable[[int], None], rows: Iterable[int]) -> None:
         for row in rows:
             work(row)
         return
+    inference = torch.is_inference_mode_enabled()  # a mode of each thread's own
+
+    def run(row: int) -> None:
+        with torch.inference_mode(inference):
+            work(row)
+
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, rows))
+        list(pool.map(run, rows))
 
 
 def _min_p(scores: torch.Tensor, step: Step) -> torch.Tensor:

@@ -7,7 +7,8 @@ A float's bits, with those below the sign turned over where it is negative, orde
 range of bits that holds a row's boundary into :data:`PARTS`: several programs a row add up, for each part, the weights
 of the scores in it, and every program of the next pass finds the part in which the sum from below passes the limit.
 The last pass has parts of one value.  Nothing is compared but bits, so that ties and infinities need no case of their
-own, and sums are in float64 in a fixed order, so that results do not change from run to run.
+own, and sums run in a fixed order, so that results do not change from call to call: up to 64 weights in float32, whose
+sums are added up in float64.
 
 No `from __future__ import annotations` here: Triton and Inductor read the annotations of a kernel.
 """
@@ -47,14 +48,14 @@ def passed(sums, low, base, limit, wide):
 
 
 @triton.jit
-def largest_kernel(scores, out, size, stride, CHUNK: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr):
+def largest_kernel(scores, out, size, stride, CHUNK: tl.constexpr, OUTER: tl.constexpr, SPLITS: tl.constexpr):
     """``out[row, split]`` is the largest score of a chunk; infinity where a NaN is among them."""
     split = tl.program_id(0)
     row = tl.program_id(1)
     line = scores + row.to(tl.int64) * stride
-    best = tl.full([BLOCK], float("-inf"), tl.float32)
-    for start in range(0, CHUNK, BLOCK):
-        column = split * CHUNK + start + tl.arange(0, BLOCK)
+    best = tl.full([OUTER], float("-inf"), tl.float32)
+    for start in range(0, CHUNK, OUTER):
+        column = split * CHUNK + start + tl.arange(0, OUTER)
         x = tl.load(line + column, mask=column < size, other=float("-inf"))
         best = tl.maximum(best, tl.where(x != x, float("inf"), x))
     tl.store(out + row * SPLITS + split, tl.max(best, 0))
@@ -80,13 +81,15 @@ def pass_kernel(
     shift,
     WEIGHTED: tl.constexpr,
     CHUNK: tl.constexpr,
+    OUTER: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
     """One pass: ``sums``, ``total``, ``lows`` and ``bases`` are those of the pass before, of whose parts one is this
     one's range.  Parts hold ``2 ** shift`` values, those of the pass before ``2 ** wide``.
 
-    The limit is ``share`` of a row's total weight, or without weights ``fewer``, and each score then weighs one.
+    The limit is ``share`` of a row's total weight, or without weights ``fewer``, and each score then weighs one.  A
+    program looks at OUTER scores at once, and adds those up, BLOCK at a time, only where one lies in the range.
     """
     split = tl.program_id(0)
     row = tl.program_id(1)
@@ -102,27 +105,31 @@ def pass_kernel(
         limit = fewer * 1.0
     _, low, base = passed(before, low, base, limit, wide)
     line = scores + row.to(tl.int64) * stride
-    weighed = tl.zeros([BLOCK], tl.float64)
-    if WEIGHTED:
-        found = tl.zeros([BLOCK, PARTS], tl.float64)
-    else:
-        found = tl.zeros([BLOCK, PARTS], tl.float32)
-    for start in range(0, CHUNK, BLOCK):
-        column = split * CHUNK + start + tl.arange(0, BLOCK)
+    weighed = tl.zeros([OUTER], tl.float32)
+    found = tl.zeros([BLOCK, PARTS], tl.float32)
+    for start in range(0, CHUNK, OUTER):
+        column = split * CHUNK + start + tl.arange(0, OUTER)
         exists = column < size
         x = tl.load(line + column, mask=exists, other=float("-inf"))
+        if WEIGHTED:
+            weighed += tl.where(exists, tl.exp(x - top), 0.0)
         index = (ordered(x) - low) >> shift
         inside = exists & (index >= 0) & (index < PARTS)
-        if WEIGHTED:
-            weight = tl.where(exists, tl.exp(x - top), 0.0).to(tl.float64)
-            weighed += weight
-        else:
-            weight = tl.full([BLOCK], 1.0, tl.float32)
         if tl.max(inside.to(tl.int32), 0) > 0:
-            index = tl.where(inside, index, -1).to(tl.int32)
-            found += tl.where(index[:, None] == part[None, :], weight[:, None], 0.0)
-    tl.store(new_sums + (row * SPLITS + split) * PARTS + part, tl.sum(found, 0).to(tl.float64))
-    tl.store(new_total + row * SPLITS + split, tl.sum(weighed, 0))
+            for inner in range(0, OUTER, BLOCK):
+                at = split * CHUNK + start + inner + tl.arange(0, BLOCK)
+                value = tl.load(line + at, mask=at < size, other=float("-inf"))
+                part_of = (ordered(value) - low) >> shift
+                counts = (at < size) & (part_of >= 0) & (part_of < PARTS)
+                place = tl.where(counts, part_of, -1).to(tl.int32)
+                if WEIGHTED:
+                    weight = tl.exp(value - top)
+                else:
+                    weight = tl.full([BLOCK], 1.0, tl.float32)
+                found += tl.where(place[:, None] == part[None, :], weight[:, None], 0.0)
+    # Few enough terms an element for float32: in float64 from here on.
+    tl.store(new_sums + (row * SPLITS + split) * PARTS + part, tl.sum(found.to(tl.float64), 0))
+    tl.store(new_total + row * SPLITS + split, tl.sum(weighed.to(tl.float64), 0))
     # All splits store the same.
     tl.store(new_lows + row, low)
     tl.store(new_bases + row, base)
@@ -145,7 +152,7 @@ def apply_kernel(
     fill,
     WEIGHTED: tl.constexpr,
     CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
+    OUTER: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
     """``out`` [B, V], contiguous: ``scores`` without what lies below the boundary; ``doubts[row]`` is 1 where rounding
@@ -173,14 +180,14 @@ def apply_kernel(
         turned = (edge - 2147483648).to(tl.int32)
         value = tl.where(turned < 0, turned ^ 0x7FFFFFFF, turned).to(tl.float32, bitcast=True)
         weight = tl.exp(value - top).to(tl.float64)
-        # Weights of equal scores are equal and few enough for their sum to be exact.
-        equal = tl.sum(tl.where(part[None, :] == index, before, 0.0), 1) / weight
         finite = (top < float("inf")) & (top > float("-inf"))
+        # Weights of equal scores are equal: their sum says how many there are.
+        equal = tl.where(finite, tl.sum(tl.where(part[None, :] == index, before, 0.0), 1) / weight, 0.0)
+        equal = tl.floor(equal + 0.5)
         ties = tl.where(finite, (limit - base) / weight, 0.0)
         gone = tl.minimum(ties, tl.sum(equal, 0) - 1.0).to(tl.int32)
         gone = tl.maximum(gone, 0)
-        earlier = tl.sum(tl.where(every < split, equal, 0.0), 0)
-        earlier = tl.where(finite, earlier, 0.0).to(tl.int32)
+        earlier = tl.sum(tl.where(every < split, equal, 0.0), 0).to(tl.int32)
         under = limit - (base + gone * weight)
         over = base + (gone + 1) * weight - limit
         doubt = finite & (tl.minimum(under, over) <= limit * DOUBT)
@@ -188,8 +195,8 @@ def apply_kernel(
         edge = tl.where(finite, edge, 0)
     line = scores + row.to(tl.int64) * stride
     into = out + row.to(tl.int64) * size
-    for start in range(0, CHUNK, BLOCK):
-        column = split * CHUNK + start + tl.arange(0, BLOCK)
+    for start in range(0, CHUNK, OUTER):
+        column = split * CHUNK + start + tl.arange(0, OUTER)
         exists = column < size
         x = tl.load(line + column, mask=exists, other=float("-inf"))
         key = ordered(x)

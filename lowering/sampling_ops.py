@@ -9,8 +9,8 @@ without Triton; ``available`` says what is missing.
 warper's sum is rounded in float32 after every step of a sort, a softmax and a scan.  Ours is exact up to the roundings
 of the exponentials; both leave out the same scores unless the limit falls between the two sums.  ``filter_top_p_v1``
 says for each row whether that is possible: whether one of the two sums next to the boundary is nearer to the limit than
-``DOUBT`` times the limit.  That is five standard deviations (``sqrt(128 / 3) * 2 ** -24`` of the limit at most) of a scan
-of 128 blocks, each of which rounds once.  ``settle_top_p_v1`` runs the warper itself for those rows.
+``DOUBT`` times the limit.  That is five standard deviations of a scan of 128 blocks, each of which rounds once
+(``sqrt(128 / 3) * 2 ** -24`` of the limit at most).  ``settle_top_p_v1`` runs the warper itself for those rows.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.library import triton_op, wrap_triton
 
-from .launch import multiprocessors
+from .launch import multiprocessors, power_of_two
 
 try:
     # By name: torch finds the kernels of a triton_op in this module's names and puts their sources in its cache keys.
@@ -32,7 +32,9 @@ else:
 # Bits below those that each pass finds: 32 parts a pass, of 2 ** 32 values.
 SHIFTS = (27, 22, 17, 12, 7, 2, 0)
 _PARTS = 32
-_BLOCK = 256
+# Scores that a program looks at in one step, and adds up in one step where some lie in the range.
+_OUTER = 1024
+_BLOCK = 128
 _MOST_SPLITS = 64
 
 Launchers = tuple[Any, Any, Any]
@@ -99,16 +101,18 @@ def _run(
         splits = splits_of(rows, size, multiprocessors(scores.device))
     grid = (splits, rows)
     find_largest, narrow, apply = launchers
-    layout = {"CHUNK": -(-size // (splits * _BLOCK)) * _BLOCK, "BLOCK": _BLOCK, "SPLITS": splits, "num_warps": 8}
+    outer = min(_OUTER, power_of_two(-(-size // splits), _BLOCK))
+    chunk = -(-size // (splits * outer)) * outer
+    layout = {"CHUNK": chunk, "OUTER": outer, "SPLITS": splits, "num_warps": 8}
     facts = {"size": size, "stride": scores.stride(0), "share": share, "fewer": fewer, "WEIGHTED": weighted}
     largest = scores.new_empty((rows, splits))
     find_largest[grid](scores=scores, out=largest, size=size, stride=scores.stride(0), **layout)
-    wide = {"device": scores.device, "dtype": torch.float64}
+    exact = {"device": scores.device, "dtype": torch.float64}
     # In front of the first pass there is one part, with everything in it.
-    sums = torch.full((rows, splits, _PARTS), torch.inf, **wide)
-    total = torch.zeros((rows, splits), **wide)
+    sums = torch.full((rows, splits, _PARTS), torch.inf, **exact)
+    total = torch.zeros((rows, splits), **exact)
     lows = torch.zeros(rows, device=scores.device, dtype=torch.int64)
-    bases = torch.zeros(rows, **wide)
+    bases = torch.zeros(rows, **exact)
     for wide, shift in itertools.pairwise((32, *SHIFTS)):
         found = tuple(torch.empty_like(value) for value in (sums, total, lows, bases))
         narrow[grid](
@@ -124,6 +128,7 @@ def _run(
             new_bases=found[3],
             wide=wide,
             shift=shift,
+            BLOCK=_BLOCK,
             **facts,
             **layout,
         )

@@ -57,6 +57,12 @@ def _supports(region: Region) -> Verdict:
     return None
 
 
+def _supports_settled(region: Region) -> Verdict:
+    if all(item.kind != "top_p" for item in region.op.filters):
+        return "there is nothing to settle: triton.filters_unsettled is exact"
+    return _supports(region)
+
+
 def _supports_unsettled(region: Region) -> Verdict:
     exact = all(item.kind != "top_p" for item in region.op.filters)
     if not exact and not config.rounded_filters:
@@ -112,7 +118,7 @@ FILTERS = Kernel(
     name="triton.filters",
     kind="sampling",
     version=VERSION,
-    supports=_supports,
+    supports=_supports_settled,
     emit=_emit,
     summary="searches the boundary of top-k and top-p, nothing is sorted; rows that rounding decides run as in eager",
     work=_work,

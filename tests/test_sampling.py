@@ -394,12 +394,26 @@ def test_the_kernel_reads_a_strided_batch_and_never_gives_its_input_back() -> No
     assert same_bits(x, wide)
 
 
+def test_scores_that_could_have_a_gradient_are_filtered_where_none_is_recorded() -> None:
+    x = odd_scores(6, 64, 0)
+    leaf = x.clone().requires_grad_()
+    run, road = compile_road(lambda x: USUAL(None, x), prefer=["cpu.filters"])
+    with torch.no_grad():
+        assert same_bits(run(leaf), USUAL(None, x))
+    assert road.kernels == ["cpu.filters"]
+
+
 def test_several_threads_give_the_same_as_one() -> None:
     x = odd_scores(12, 300, 1)
     one = filtered(x, [Step("top_p", 0.2)])
     torch.set_num_threads(2)
     try:
         assert same_bits(filtered(x, [Step("top_p", 0.2)]), one)
+        with torch.inference_mode():
+            assert same_bits(
+                filtered(x * 1, [Step("top_k", 9), Step("top_p", 0.2)]),
+                filtered(x, [Step("top_k", 9), Step("top_p", 0.2)]),
+            )
     finally:
         torch.set_num_threads(1)
 
