@@ -231,7 +231,7 @@ def test_a_glob_picks_kernels_by_name_or_by_provider() -> None:
     def names(glob: str) -> set[str]:
         return {kernel["name"] for kernel in run_json("kernels", glob, "--device", "cpu")["kernels"]}
 
-    assert names("cpu") == {"cpu.ranges"}
+    assert names("cpu") == {"cpu.ranges", "cpu.filters"}
     assert names("*.sdpa") == {"aten.sdpa"}
     assert "did you mean 'cpu.ranges'" in complaint("kernels", "cpu.range")
 
