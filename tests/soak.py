@@ -12,7 +12,8 @@ is judged by what can be told apart:
 
 * ``held``: graphs, nodes, graph modules and tensors that can be reached from the module-level containers and function
   caches of lz-compile.  None may be, however many models ran.
-* ``ours``: live instances of lz-compile's classes, without what the reports hold, of which the newest 1024 are kept.
+* ``ours``: live instances of lz-compile's classes, without what the reports hold, of which the newest 1024 are kept,
+  and without the newest 4096 measurements, which a process remembers.
 * ``entries``: lengths of those containers and caches, without the reports.
 * ``graphs``, ``models``: live ``fx.Graph`` and models in the process, whoever holds them.
 * RSS, printed for every backend and judged by nobody: compare the same seeds with ``--backend inductor``, which runs
@@ -43,6 +44,7 @@ import torch.fx as fx
 import torch.nn.functional as F
 from torch import nn
 
+from lz_compile.database import Database
 from tiny import BERT, DECODERS, VIT, WHISPER, padding, tokens
 
 BACKENDS = ("layerzero", "inductor", "road")
@@ -305,6 +307,8 @@ def mark(models: int, began: float, dropped: list[weakref.ref[nn.Module]]) -> Ma
     kinds: Counter[type] = Counter(type(value) for value in alive)
     walls = _walls()
     reported = {id(one) for name in _REPORTS & found.keys() for one in _reachable(found[name], walls)}
+    for database in [value for value in alive if type(value) is Database]:
+        reported |= {id(one) for record in database._own.values() for one in (record, record.key)}
     ours = Counter(
         type(value).__name__
         for value in alive

@@ -22,6 +22,7 @@ from lz_compile.patterns.attention import find_attention
 from lz_compile.patterns.cache import find_rolled_windows
 from road import Road, compile_road
 from tiny import DECODERS, Architecture, tokens
+from versions import needs_wrapped_interpreter
 
 WINDOW = 8
 _GROUPED = {**DECODERS[0].settings, "head_dim": 16, "sliding_window": WINDOW}
@@ -507,6 +508,7 @@ def test_a_rolled_tensor_of_three_dimensions_is_no_window() -> None:
     assert windows(rolled_rows, torch.randn(2, 3, 8), torch.randn(2, 3, 1)) == 0
 
 
+@needs_wrapped_interpreter
 @pytest.mark.parametrize(("length", "size"), [(WINDOW, 16), (64, 16), (130, 40), (65, 128), (2, 1)])
 def test_a_window_moved_in_place_is_the_rolled_one_bit_for_bit(length: int, size: int) -> None:
     keys, _, new, _ = inputs(length, size)
@@ -518,6 +520,7 @@ def test_a_window_moved_in_place_is_the_rolled_one_bit_for_bit(length: int, size
         assert torch.equal(cache, expected)
 
 
+@needs_wrapped_interpreter
 def test_the_road_moves_windows_in_place_when_asked_and_attention_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rolled, "takes", lambda cache: True)
     compiled, road = compile_road(step, kinds=["attention", "rolled_window"])
