@@ -24,7 +24,7 @@ from fnmatch import fnmatchcase
 
 from lz_compile import config, discovery
 from lz_compile.discovery import Finding, Spec
-from lz_compile.lowering import aten, cpu, tables, triton, triton_moe
+from lz_compile.lowering import aten, cpu, projections, tables, triton, triton_moe
 from lz_compile.region import Kernel, Provider
 
 log = logging.getLogger("lz_compile")
@@ -41,6 +41,7 @@ KERNELS: list[Kernel] = [
     aten.SDPA_MASKED,
     tables.STORED,
     triton_moe.MOE,
+    projections.PACKED,
 ]
 KERNELS += [kernel for kernel in aten.PROVIDER.kernels if kernel not in KERNELS]
 
