@@ -101,9 +101,7 @@ def improve(
     return rewritten
 
 
-def _transform(
-    normal: fx.GraphModule, report: GraphReport, inductor: dict[str, Any], packing: Packing | None
-) -> bool:
+def _transform(normal: fx.GraphModule, report: GraphReport, inductor: dict[str, Any], packing: Packing | None) -> bool:
     """Changes the graph by what was found in it; whether anything was."""
     from lz_compile.graph_safety import skipped_reasons
     from lz_compile.lowering.emit import Emitter
@@ -228,7 +226,7 @@ def _pack_weights(
     aliases = Aliases(graph)
     regions = find_projections(graph, aliases, module_path)
     if not regions:
-        return [], "no linear layers share an input"
+        return [], "no linear layers of a module share an input"
     positions = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
 
     def ordered(op: Projections) -> Projections:
@@ -256,10 +254,19 @@ def _pack_weights(
             continue
         moved |= set(replace_by_packed(emitter, op, choice.region.output))
     if moved:
+        before = _strides(graph)
         relay(graph, Aliases(graph), Emitter, moved)
-        graph.lint()
+        if _strides(graph) != before:
+            raise RuntimeError("packed weights change the memory layout of a result")
     count = sum(choice.kernel is not None for choice in plan.choices)
-    return _settled(described, plan), f"{count} of {len(regions)} groups of linear layers; {plan.measuring or plan.planner}"
+    return _settled(
+        described, plan
+    ), f"{count} of {len(regions)} groups of linear layers; {plan.measuring or plan.planner}"
+
+
+def _strides(graph: fx.Graph) -> list[Any]:
+    values = [node.meta.get("val") for node in graph.output_node().all_input_nodes]
+    return [value.stride() if isinstance(value, torch.Tensor) else None for value in values]
 
 
 def _device_types(graph: fx.Graph) -> set[str]:
@@ -310,13 +317,13 @@ def _compile(
 ) -> Callable[..., Any]:
     def as_it_came() -> Callable[..., Any]:
         compiled = compile_fx(original, packing.unpacked_inputs(), config_patches=inductor)
-        return packing.bind(compiled, original.forward)
+        return packing.bind(compiled)
 
     if rewritten is None:
         return as_it_came()
     try:
         compiled = compile_fx(rewritten, packing.example_inputs(), config_patches=inductor)
-        return packing.bind(compiled, original.forward)
+        return packing.bind(compiled, _unpacked(original, inductor) if packing.packs else None)
     except Exception as error:
         if config.strict:
             raise
@@ -325,3 +332,19 @@ def _compile(
         for entry in report.regions:
             entry.kernel, entry.reason = INDUCTOR, report.reason
         return as_it_came()
+
+
+def _unpacked(original: fx.GraphModule, inductor: dict[str, Any]) -> Callable[..., Any]:
+    """The graph as it came, compiled when it is first called: for parameters that may not be packed any more.
+
+    Without CUDA graphs, which would copy parameters that nobody says are static.
+    """
+    compiled: list[Callable[..., Any]] = []
+
+    def run(*args: Any) -> Any:
+        if not compiled:
+            options = {**inductor, "triton.cudagraphs": False}
+            compiled.append(torch.compile(original.forward, backend="inductor", options=options))
+        return compiled[0](*args)
+
+    return run

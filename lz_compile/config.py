@@ -35,8 +35,8 @@ trim_rows: bool = True
 # of expanding the whole cache for every head.
 absorb_latents: bool = True
 
-# Make q, k and v (and gate and up) one product over one packed weight, where that is faster: the parameters become views
-# of one storage.
+# Make q, k and v (and gate and up) one product over one packed weight, where that is faster: the parameters become
+# views of one storage.
 pack_weights: bool = True
 
 # Region kinds to look for, where some kernel runs on the graph's device; an empty list leaves every graph to Inductor.

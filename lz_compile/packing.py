@@ -4,9 +4,9 @@ Enters: the graph inputs of a compile, and which of them a rewritten graph wants
 are views of a packed storage (``parameter.data`` changes, the :class:`~torch.nn.Parameter` stays), and a function that
 hands the packed tensor to the compiled graph in place of the first parameter.
 
-Nothing of the packing is kept but addresses.  At each call the parameters that arrive are looked at: where they lie side
-by side at the known address, the packed tensor is an alias of their memory, whoever owns it, and memory is freed when
-the parameters let go of it.  Otherwise their memory was replaced (``.to()``, ``parameter.data = ...``,
+Nothing of the packing is kept but addresses.  At each call the parameters that arrive are looked at: where they lie at
+the known addresses, side by side, the packed tensor is an alias of their memory, whoever owns it, and memory is freed
+when the parameters let go of it.  Otherwise their memory was replaced (``.to()``, ``parameter.data = ...``,
 ``load_state_dict(assign=True)``): they are packed anew, or where that may not be the unpacked graph runs.
 """
 
@@ -78,12 +78,14 @@ def _why_not_owned(tensors: Sequence[torch.Tensor]) -> str:
 
 
 def lie_side_by_side(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether each tensor starts where the one before ends, all contiguous and of one dtype, device and width."""
+    """Whether each tensor starts where the one before ends in the same storage, all contiguous and of one width."""
     first = tensors[0]
-    address = first.data_ptr()
+    address, storage = first.data_ptr(), first.untyped_storage()._cdata
     for tensor in tensors:
         alike = (tensor.dtype, tensor.device, tensor.shape[1:]) == (first.dtype, first.device, first.shape[1:])
         if not alike or not tensor.is_contiguous() or tensor.data_ptr() != address:
+            return False
+        if tensor.untyped_storage()._cdata != storage:
             return False
         address += tensor.numel() * tensor.itemsize
     return True
@@ -92,7 +94,7 @@ def lie_side_by_side(tensors: Sequence[torch.Tensor]) -> bool:
 def memory_order(tensors: Sequence[Any]) -> list[int]:
     """The order in which tensors lie side by side already (another graph packed them), else the one they have."""
     order = list(range(len(tensors)))
-    if all(isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided for tensor in tensors):
+    if all(type(tensor) is torch.nn.Parameter and tensor.layout == torch.strided for tensor in tensors):
         by_address = sorted(order, key=lambda i: tensors[i].data_ptr())
         if lie_side_by_side([tensors[i] for i in by_address]):
             return by_address
@@ -119,9 +121,7 @@ def _alias(first: torch.Tensor, rows: int) -> torch.Tensor:
     shape = (rows, *first.shape[1:])
     count = rows * (first.numel() // first.shape[0])
     with torch.inference_mode(False), torch.no_grad():
-        storage = torch._C._construct_storage_from_data_pointer(
-            first.data_ptr(), first.device, count * first.itemsize
-        )
+        storage = torch._C._construct_storage_from_data_pointer(first.data_ptr(), first.device, count * first.itemsize)
         return torch.empty(0, dtype=first.dtype, device=first.device).set_(storage, 0, shape, _row_major(shape))
 
 
@@ -177,9 +177,10 @@ class Packing:
         """Why the inputs at these groups of positions may not be packed; empty when they may."""
         for positions in groups:
             tensors = [self.inputs[i] for i in positions]
-            if not all(type(tensor) is torch.nn.Parameter for tensor in tensors) or not lie_side_by_side(tensors):
-                if reason := why_not_packed(tensors):
-                    return reason
+            plain = all(type(tensor) is torch.nn.Parameter for tensor in tensors)
+            reason = "" if plain and lie_side_by_side(tensors) else why_not_packed(tensors)
+            if reason:
+                return reason
         return ""
 
     def pack(self, groups: Sequence[Sequence[int]]) -> str:
@@ -220,9 +221,13 @@ class Packing:
                 inputs[position] = fake_mode.from_tensor(value.detach(), static_shapes=True)
         return inputs
 
-    def bind(self, compiled: Callable[..., Any], unpacked: Callable[..., Any]) -> Callable[..., Any]:
-        """A function of the original inputs; ``unpacked`` takes those calls whose parameters may not be packed."""
-        packs, warned = self.packs, []
+    def bind(self, compiled: Callable[..., Any], unpacked: Callable[..., Any] | None = None) -> Callable[..., Any]:
+        """A function of the original inputs; ``unpacked`` takes those calls whose parameters may not be packed.
+
+        Graphs without packs are bound too: weights do not move while they run.
+        """
+        packs = self.packs
+        warned: list[str] = []
 
         def run(*args: Any) -> Any:
             global _running
@@ -235,6 +240,7 @@ class Packing:
                     if [args[i].data_ptr() for i in pack.positions] != addresses:
                         reason = pack.follow([args[i] for i in pack.positions], running=1)
                         if reason:
+                            assert unpacked is not None
                             if not warned:
                                 warned.append(reason)
                                 log.warning("lz-compile runs a graph without packed weights: %s", reason)

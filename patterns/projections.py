@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.fx as fx
 
 from lz_compile.aliasing import Aliases, storage_key
