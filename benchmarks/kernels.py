@@ -47,7 +47,6 @@ from lz_compile.lowering.semantic import (
 from lz_compile.lowering.triton_ops import SplitConfig, TileConfig
 
 HEADS, KV_HEADS, SIZE = 32, 8, 128
-SCALE = SIZE**-0.5
 L2_BYTES = 50 * 2**20
 
 
@@ -68,19 +67,22 @@ class Case:
     window: int = 0
     key_mask: bool = False
     empty_row: str = "zero"
+    heads: int = HEADS
+    kv_heads: int = KV_HEADS
+    size: int = SIZE
     tensors: tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...] = field(default=(), compare=False, repr=False)
 
     def with_tensors(self) -> Case:
-        kv_bytes = 2 * self.batch * KV_HEADS * self.keys * SIZE * 2
+        kv_bytes = 2 * self.batch * self.kv_heads * self.keys * self.size * 2
         copies = max(1, min(8, -(-2 * L2_BYTES // kv_bytes)))
 
         def random(heads: int, length: int) -> torch.Tensor:
-            return torch.randn(self.batch, heads, length, SIZE, device="cuda", dtype=torch.bfloat16)
+            return torch.randn(self.batch, heads, length, self.size, device="cuda", dtype=torch.bfloat16)
 
         return replace(
             self,
             tensors=tuple(
-                (random(HEADS, self.queries), random(KV_HEADS, self.keys), random(KV_HEADS, self.keys))
+                (random(self.heads, self.queries), random(self.kv_heads, self.keys), random(self.kv_heads, self.keys))
                 for _ in range(copies)
             ),
         )
@@ -108,11 +110,15 @@ class Case:
             total += int((stop - start).clamp(min=0).sum())
         return total
 
+    @property
+    def scale(self) -> float:
+        return self.size**-0.5
+
     def flops(self) -> float:
-        return 4.0 * HEADS * SIZE * self.pairs()
+        return 4.0 * self.heads * self.size * self.pairs()
 
     def bytes_read(self) -> float:
-        return 4.0 * KV_HEADS * SIZE * sum(self.valid)
+        return 4.0 * self.kv_heads * self.size * sum(self.valid)
 
 
 PREFILL = [
@@ -141,10 +147,10 @@ def error(attention: Attention, case: Case) -> float:
     """Largest error over the largest answer, against ``attend`` in float64 on the last 64 queries of two heads."""
     query, key, value = case.tensors[0]
     out = attention(query, key, value)
-    group = HEADS // KV_HEADS
+    group = case.heads // case.kv_heads
     first = max(0, case.queries - 64)
     worst = 0.0
-    for kv_head, row in ((0, 0), (KV_HEADS - 1, case.batch - 1)):
+    for kv_head, row in ((0, 0), (case.kv_heads - 1, case.batch - 1)):
         bounds = case.bounds()[row : row + 1]
         if case.causal:
             bounds[:, UPPER] += first
@@ -156,7 +162,7 @@ def error(attention: Attention, case: Case) -> float:
             key[row : row + 1, kv_head : kv_head + 1].double(),
             value[row : row + 1, kv_head : kv_head + 1].double(),
             bounds,
-            scale=SCALE,
+            scale=case.scale,
         )
         difference = (out[row : row + 1, head : head + 1, first:].double() - exact).abs().max()
         worst = max(worst, float(difference / exact.abs().max()))
@@ -169,7 +175,7 @@ def sdpa(case: Case, backend: SDPBackend | None, masked: bool) -> Attention:
 
     def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=case.causal and mask is None, scale=SCALE, enable_gqa=True
+            query, key, value, attn_mask=mask, is_causal=case.causal and mask is None, scale=case.scale, enable_gqa=True
         )
 
     if backend is None:
@@ -185,11 +191,11 @@ def sdpa(case: Case, backend: SDPBackend | None, masked: bool) -> Attention:
 def sdpa_expanded(case: Case) -> Attention:
     """What a compiled Hugging Face model does under a mask: repeat the key/value heads, then a masked SDPA."""
     mask = case.mask()
-    group = HEADS // KV_HEADS
+    group = case.heads // case.kv_heads
 
     def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=SCALE)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=case.scale)
 
     return run
 
@@ -205,10 +211,12 @@ def ours(case: Case, config: TileConfig | SplitConfig | None = None) -> Attentio
         if case.queries == 1:
             assert config is None or isinstance(config, SplitConfig)
             return triton_ops.split_kv(
-                query, key, value, bounds, key_mask, scale=SCALE, empty_row=empty_row, config=config
+                query, key, value, bounds, key_mask, scale=case.scale, empty_row=empty_row, config=config
             )
         assert config is None or isinstance(config, TileConfig)
-        return triton_ops.tiled(query, key, value, bounds, key_mask, scale=SCALE, empty_row=empty_row, config=config)
+        return triton_ops.tiled(
+            query, key, value, bounds, key_mask, scale=case.scale, empty_row=empty_row, config=config
+        )
 
     return run
 
@@ -277,10 +285,15 @@ TILES = [
     (64, 32, 4, 4),
     (64, 64, 4, 2),
     (64, 64, 4, 3),
+    (64, 64, 4, 4),
     (64, 128, 4, 2),
+    (64, 128, 4, 3),
     (128, 32, 8, 3),
     (128, 64, 8, 2),
     (128, 64, 8, 3),
+    (128, 64, 4, 2),
+    (128, 64, 4, 3),
+    (128, 128, 4, 2),
     (128, 128, 8, 2),
     (128, 128, 8, 3),
     (256, 32, 16, 3),
@@ -299,6 +312,13 @@ TUNED_PREFILL = [
     Case("causal B=8 S=1024, 4 rows half padded", 8, 1024, 1024, (1024, 512) * 4, causal=True, key_mask=True),
     Case("causal S=8192", 1, 8192, 8192, (8192,), causal=True),
     Case("window 4096, S=16384", 1, 16384, 16384, (16384,), causal=True, window=4096),
+]
+# A mean of half the keys, as padded batches have it.
+RAGGED = tuple(16 * (row + 1) for row in range(32))
+TUNED_PREFILL += [
+    Case("causal B=8 S=1024 D=64", 8, 1024, 1024, (1024,) * 8, causal=True, heads=16, kv_heads=16, size=64),
+    Case("encoder B=32 S=512 D=64", 32, 512, 512, RAGGED, key_mask=True, heads=16, kv_heads=16, size=64),
+    Case("encoder B=32 S=512 D=64, no padding", 32, 512, 512, (512,) * 32, heads=16, kv_heads=16, size=64),
 ]
 TUNED_DECODE = [
     case
@@ -475,7 +495,20 @@ def print_resources() -> None:
     for config, key_mask in itertools.product(TILE_CONFIGS, (None, padding)):
         launchers = Recorder(tiled_kernel), Recorder(empty_rows_kernel)
         triton_ops._run_tiled(
-            launchers, query, key, key, bounds, key_mask, None, None, None, SCALE, 0.0, 0, EMPTY_ROW["unmasked"], config
+            launchers,
+            query,
+            key,
+            key,
+            bounds,
+            key_mask,
+            None,
+            None,
+            None,
+            SIZE**-0.5,
+            0.0,
+            0,
+            EMPTY_ROW["unmasked"],
+            config,
         )
         print_resources_of(launchers[0], str(tuple(config)), key_mask is not None)
     print_resources_of(launchers[1], "", False)
@@ -526,6 +559,7 @@ def print_resources_of(recorder: Recorder, setting: str, key_mask: bool) -> None
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["prefill", "decode"], help="one of the two kernels")
+    parser.add_argument("--case", default="", help="cases whose name holds this")
     parser.add_argument("--tune", action="store_true", help="time launch settings instead of comparing with SDPA")
     parser.add_argument("--seconds", type=float, default=180.0, help="no timing of --tune starts later (default 180)")
     parser.add_argument("--json", metavar="FILE", help="where --tune writes all that it has measured")
@@ -540,6 +574,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
     prefill, decode = (TUNED_PREFILL, TUNED_DECODE) if arguments.tune else (PREFILL, DECODE)
     cases = (prefill if arguments.only != "decode" else []) + (decode if arguments.only != "prefill" else [])
+    cases = [case for case in cases if arguments.case in case.name]
     if arguments.tune:
         tune(cases, arguments.seconds, arguments.json)
     else:

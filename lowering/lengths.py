@@ -13,7 +13,6 @@ only at run time, the proof is an ``index_copy_`` in the same graph: PyTorch ref
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 
 import torch
@@ -303,9 +302,6 @@ class _Positions:
     high: int
 
 
-_proofs: weakref.WeakKeyDictionary[fx.Graph, list[_Positions]] = weakref.WeakKeyDictionary()
-
-
 def _extreme(bound: Bound, graph: fx.Graph, highest: bool, unknown: tuple[int, int] | None) -> int | None:
     """The greatest (or smallest) value that ``bound`` can have, None when nothing is known.
 
@@ -325,12 +321,22 @@ def _extreme(bound: Bound, graph: fx.Graph, highest: bool, unknown: tuple[int, i
 def _read_limit(read: Read, graph: fx.Graph, highest: bool) -> int | None:
     if read.axes:
         return None
-    if graph not in _proofs:
-        _proofs[graph] = _find_positions(graph)
-    known = [p for p in _proofs[graph] if p.node is read.node and p.version == read.version]
+    known = [p for p in _proofs(graph) if p.node is read.node and p.version == read.version]
     if not known:
         return None
     return min(p.high for p in known) if highest else max(p.low for p in known)
+
+
+def _proofs(graph: fx.Graph) -> list[_Positions]:
+    """What the writes in the graph prove, looked for once.
+
+    The graph itself carries it: a proof names nodes and these name their graph, so that a table beside it, even one
+    with weak keys, would keep every graph alive.
+    """
+    carried = vars(graph)
+    if "_lz_compile_positions" not in carried:
+        carried["_lz_compile_positions"] = _find_positions(graph)
+    return carried["_lz_compile_positions"]
 
 
 def _find_positions(graph: fx.Graph) -> list[_Positions]:

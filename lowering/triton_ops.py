@@ -67,7 +67,9 @@ def tile_config(
     H200): 128 query rows over 8 warps are two Hopper warp groups, and larger heads leave room for fewer keys.
     Up to 1024 queries smaller blocks fill the machine more evenly, and 64 x 32 is the largest tile of which three
     programs fit on an SM (``python benchmarks/kernels.py --dry``), whose products and exponentials then overlap: 203 us
-    for B=8, S=1024, H=32, D=128 on an H200 against 210 for 64 x 64 and 233 for 128 x 128.
+    for B=8, S=1024, H=32, D=128 on an H200 against 210 for 64 x 64 and 233 for 128 x 128.  Heads of 64 take half the
+    memory of 128: 64 x 64 in one loop is 79 us for B=32, S=512, H=16 with a mean of half the keys padded (64 x 32: 81
+    in one loop, 88 in three) and 109 without padding (132 for 64 x 32 in three loops).
     Float32 runs without tensor cores, where small tiles avoid spills.  A symbolic number of queries gets the tile of
     a long prefill: choosing by it would add a guard.  Tiles of a mask tensor take shared memory as well.
     """
@@ -75,6 +77,8 @@ def tile_config(
     if dtype == torch.float32:
         return TileConfig(32, 32, 4, 2 if block <= 64 else 1)
     if isinstance(queries, int) and queries <= 1024:
+        if block <= 64 and not reads_mask:
+            return TileConfig(64, 64, 4, 3, one_loop=True)
         return TileConfig(64, 32, 4, 3) if block <= 128 else TileConfig(64, 64, 4, 2)
     if reads_mask:
         return TileConfig(128, 64, 8, 2) if block <= 128 else TileConfig(64, 64, 4, 2)

@@ -42,6 +42,9 @@ FILE = "performance.sqlite3"
 # Seconds after which a claim counts as abandoned whatever its holder does: a JIT build of minutes fits.
 LEASE = 300.0
 
+# So many of its newest measurements a process keeps in memory, for the case that the file breaks or can't be written.
+REMEMBERED = 4096
+
 # A measurement counts as right when it is this close to the true median, relative to it.
 TOLERANCE = 0.03
 
@@ -300,12 +303,15 @@ class Database(SharedFile):
             for record in records:
                 own = self._own.get(record.key)
                 if own is None or record.created >= own.created:
+                    self._own.pop(record.key, None)
                     self._own[record.key] = record
+            while len(self._own) > REMEMBERED:
+                del self._own[next(iter(self._own))]
             added = self.run(lambda connection: _insert(connection, records), otherwise=None, write=True)
             if added is not None:
                 return added
             if not self.problem:
-                self._unsaved += records
+                self._unsaved = [*self._unsaved, *records][-REMEMBERED:]
             return len(records)
 
     def _readable(self, key: Key | Sequence[Any], facts: Sequence[Any]) -> Record | None:

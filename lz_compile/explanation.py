@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,20 +9,19 @@ import torch
 
 from lz_compile.report import Report, watch
 
-_compiled: weakref.WeakKeyDictionary[Any, Callable[..., Any]] = weakref.WeakKeyDictionary()
-
 
 def explain(fn: Callable[..., Any] | torch.nn.Module, *args: Any, **kwargs: Any) -> Report:
     """Runs ``fn(*args, **kwargs)`` compiled with ``backend="layerzero"`` and reports on the graphs that ran.
 
     ``fn`` may be compiled already (``torch.compile(..., backend="layerzero")`` or ``module.compile(...)``): then
-    nothing is compiled a second time.  An eager function or module is compiled on the first call and remembered.  The
-    call really runs: caches that the arguments hold move on by a step.
+    nothing is compiled a second time.  An eager function or module is compiled on the first call; Dynamo keeps the code
+    with the function and takes equal backends for the same, so that a later call finds it.  The call really runs:
+    caches that the arguments hold move on by a step.
 
     Raises:
         whatever ``fn`` raises.
     """
-    run = fn if _is_compiled(fn) else _compile_once(fn)
+    run = fn if _is_compiled(fn) else torch.compile(fn, backend="layerzero")
     with watch() as seen:
         run(*args, **kwargs)
     return Report(list(seen))
@@ -35,13 +33,3 @@ def _is_compiled(fn: Any) -> bool:
     if isinstance(fn, torch.nn.Module):
         return getattr(fn, "_compiled_call_impl", None) is not None
     return hasattr(fn, "_torchdynamo_orig_callable")
-
-
-def _compile_once(fn: Any) -> Callable[..., Any]:
-    try:
-        known = _compiled.get(fn)
-    except TypeError:
-        return torch.compile(fn, backend="layerzero")
-    if known is None:
-        known = _compiled[fn] = torch.compile(fn, backend="layerzero")
-    return known

@@ -77,7 +77,14 @@ def _require_traceable(dynamo: fx.GraphModule, placeholders: list[fx.Node]) -> N
 
 
 def _require_known_constants(aten: fx.GraphModule) -> None:
-    """A fake constant stands for a value that was computed and lost: what left a vmap, for one."""
+    """A fake constant stands for a value that was computed and lost: what left a vmap, for one.
+
+    Until torch 2.11 a vmap leaves its batched tensors in the graph instead.
+    """
+    for node in aten.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value):
+            raise LeftAlone("a vmap (or grad) is traced with the tensors inside it")
     for node in aten.graph.find_nodes(op="get_attr"):
         if isinstance(getattr(aten, str(node.target), None), torch._subclasses.FakeTensor):
             raise LeftAlone("tracing lost a value that the graph computes (under vmap?)")

@@ -64,7 +64,7 @@ class _Reader:
         if not isinstance(experts, int) or not same(tensor(last.weight).shape[0], experts):
             raise Declined("the two products have different numbers of experts")
         chosen = self._choice(first.by, experts)
-        self.routing = Routing(chosen, self.aliases)
+        self.routing = Routing(chosen, experts, self.aliases)
         if not isinstance(self.routing.top_k, int):
             raise Declined("the number of experts a token has is not a number")
         hidden, order = self._tokens(first.rows)
@@ -162,8 +162,7 @@ class _Reader:
         node: Any = rows
         order: fx.Node | None = None
         while True:
-            chain = behind_order(node)
-            node = chain[-1]
+            node = self.routing.behind(node)
             found = taken(node)
             if target(node) in CASTS and tensor(node).dtype == self.dtype:
                 node = node.args[0]
@@ -213,7 +212,7 @@ class _Reader:
     def _first_bias(self, y: fx.Node, order: fx.Node | None) -> fx.Node | None:
         bias: fx.Node | None = None
         for _ in range(2):
-            node = behind_order(y)[-1]
+            node = self.routing.behind(y)
             if node is self.first.node:
                 return bias
             if target(node) is not aten.add.Tensor or bias is not None:
@@ -262,7 +261,7 @@ class _Reader:
                 if weights is None or tensor(user).dtype != tensor(hidden).dtype:
                     self._stop(user, "rounds between products and sum")
                 rounded = True
-            elif kind in KEEPS_ORDER | CASTS:
+            elif kind in KEEPS_ORDER | CASTS or routing.fills_nothing(user):
                 pass
             elif rounded:
                 self._stop(user, "rounds between products and sum")
@@ -369,6 +368,8 @@ class _Reader:
                 self._stop(node, "it reads something else too")
             found.add(node)
             waiting += node.all_input_nodes
+            # Clamped in place for whoever reads the experts from here on, of which there may be nobody.
+            waiting += [user for user in node.users if not user.users and self.routing.clamps_nothing(user)]
         return sorted(found, key=self.aliases.position)
 
     def _edges(self, site: list[fx.Node]) -> list[fx.Node]:

@@ -44,6 +44,8 @@ _SORTS = {aten.sort.default, aten.sort.stable}
 _ARGSORTS = {aten.argsort.default, aten.argsort.stable}
 _PUTS = {aten.index_put.default, aten.index_put_.default}
 ARANGES = {aten.arange.default, aten.arange.start, aten.arange.start_step}
+_FILLS = {aten.masked_fill.Scalar, aten.masked_fill_.Scalar}
+_CLAMPS = {aten.clamp.default, aten.clamp_.default}
 _INTEGERS = (torch.int32, torch.int64)
 
 
@@ -84,10 +86,11 @@ def behind_order(node: Any) -> list[fx.Node]:
 
 
 class Routing:
-    """Index vectors over the choice ``chosen``, integer ``[T, K]``."""
+    """Index vectors over the choice ``chosen``, integer ``[T, K]``, of which each is in ``[0, experts)``."""
 
-    def __init__(self, chosen: fx.Node, aliases: Aliases) -> None:
+    def __init__(self, chosen: fx.Node, experts: int, aliases: Aliases) -> None:
         self.chosen = chosen
+        self.experts = experts
         self.aliases = aliases
         self.tokens, self.top_k = tensor(chosen).shape
         self.pairs = self.tokens * self.top_k
@@ -115,6 +118,23 @@ class Routing:
             return self._inverse(base)
         found = taken(base)
         return self._taken(*found) if found is not None else None
+
+    def behind(self, node: Any) -> fx.Node:
+        """Behind steps that keep values and their order, and fills of the rows whose expert does not exist.
+
+        Expert parallelism marks pairs that another device serves by a number of ``experts`` or more.
+        """
+        while True:
+            node = behind_order(node)[-1]
+            if target(node) not in _FILLS or not self._never(node.args[1]):
+                return node
+            if fake(node.args[0]) is None or not same_shape(tensor(node).shape, tensor(node.args[0]).shape):
+                return node
+            node = node.args[0]
+
+    def fills_nothing(self, node: Any) -> bool:
+        """Whether ``node`` is a fill of rows of which there are none."""
+        return target(node) in _FILLS and self.behind(node) is not node
 
     def repeats(self, node: fx.Node) -> bool:
         """Whether ``node`` repeats each row of its input, one a token, for every pair of the token."""
@@ -160,11 +180,34 @@ class Routing:
                 return self.chosen
             node = chain[-1]
             value = fake(node)
+            if self.clamps_nothing(node):
+                node = node.args[0]
+                continue
             if target(node) not in CASTS | COPIES or value is None or value.dtype not in _INTEGERS:
                 return node
             if fake(node.args[0]) is None or tensor(node.args[0]).dtype not in _INTEGERS:
                 return node
             node = node.args[0]
+
+    def _never(self, mask: Any) -> bool:
+        """Whether a mask is True only for experts that do not exist."""
+        compared = behind_order(mask)[-1]
+        if target(compared) is not aten.ge.Scalar:
+            return False
+        rows, least = self.rows(compared.args[0]), compared.args[1]
+        return rows is not None and rows.what == "expert" and isinstance(least, int) and least >= self.experts
+
+    def clamps_nothing(self, node: fx.Node) -> bool:
+        """Whether ``node`` is a clamp that leaves the number of every expert as it is."""
+        if target(node) not in _CLAMPS:
+            return False
+        known = arguments(node)
+        low, high = known["min"], known["max"]
+        keeps = (low is None or (isinstance(low, int) and low <= 0)) and (
+            high is None or (isinstance(high, int) and high >= self.experts - 1)
+        )
+        rows = self.rows(node.args[0]) if keeps else None
+        return rows is not None and rows.what == "expert"
 
     def _sorted(self, node: fx.Node, values: bool) -> Rows | None:
         known = arguments(node)

@@ -51,6 +51,8 @@ TRACED = [
     "tests/test_sdpa_backends.py",
     "tests/test_lengths.py",
     "tests/test_graph_fuzz.py",
+    "tests/test_latent.py",
+    "tests/test_moe.py",
     "tests/test_gpu.py",
 ]
 
@@ -218,15 +220,37 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def trace(arguments: argparse.Namespace) -> None:
+    """Runs every test file in a process of its own, ``--jobs`` at a time."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     tree = stage(FOLDER)
     files = [name for name in arguments.tests_of or TRACED if (ROOT / name.partition("::")[0]).exists()]
+    parts = [FOLDER / f"trace{i}.json" for i in range(len(files))]
     plugin = ["-p", "mutation", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not gpu and not slow"]
-    command = [sys.executable, "-m", "pytest", "-q", *plugin, *files]
     env = environment(FOLDER) | {"LZ_MUTATION_TRACE": str(tree / "lz_compile" / "patterns")}
-    env["LZ_MUTATION_RENEWED"] = "\n".join(arguments.tests_of)
     env["PYTHONPATH"] += os.pathsep + str(ROOT / "tests")
-    sys.exit(subprocess.run(command, cwd=ROOT, env=env).returncode)
+
+    def one(name: str, part: Path) -> int:
+        command = [sys.executable, "-m", "pytest", "-q", *plugin, name]
+        own = env | {"LZ_MUTATION_PART": str(part), "LZ_COMPILE_CACHE_DIR": str(part.with_suffix(""))}
+        return subprocess.run(command, cwd=ROOT, env=own).returncode
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        codes = list(pool.map(one, files, parts))
+    traced: dict[str, Any] = {"seconds": {}, "lines": {}}
+    if arguments.tests_of and TRACE.exists():
+        old = json.loads(TRACE.read_text())
+        renewed = tuple(files)
+        traced["seconds"] = {test: cost for test, cost in old["seconds"].items() if not test.startswith(renewed)}
+        for name, by_test in old["lines"].items():
+            traced["lines"][name] = {test: ran for test, ran in by_test.items() if not test.startswith(renewed)}
+    for part in filter(Path.exists, parts):
+        found = json.loads(part.read_text())
+        traced["seconds"] |= found["seconds"]
+        for name, by_test in found["lines"].items():
+            traced["lines"].setdefault(name, {}).update(by_test)
+        part.unlink()
+    TRACE.write_text(json.dumps(traced))
+    sys.exit(max(codes, default=0))
 
 
 if "LZ_MUTATION_TRACE" in os.environ:  # as a plugin of pytest
@@ -244,9 +268,10 @@ if "LZ_MUTATION_TRACE" in os.environ:  # as a plugin of pytest
         _coverage.switch_context(item.nodeid)
         begin = time.perf_counter()
         try:
-            return (yield)
+            result = yield
+            _seconds[item.nodeid] = time.perf_counter() - begin  # not of a test that fails or skips: it tells nothing
+            return result
         finally:
-            _seconds[item.nodeid] = time.perf_counter() - begin
             _coverage.switch_context("")
 
     def pytest_sessionfinish() -> None:
@@ -257,18 +282,10 @@ if "LZ_MUTATION_TRACE" in os.environ:  # as a plugin of pytest
             by_test: dict[str, list[int]] = defaultdict(list)
             for line, contexts in data.contexts_by_lineno(path).items():
                 for context in contexts:
-                    if context:
+                    if context in _seconds:
                         by_test[context].append(line)
             lines[Path(path).name] = by_test
-        seconds = dict(_seconds)
-        renewed = tuple(filter(None, os.environ["LZ_MUTATION_RENEWED"].splitlines()))
-        if renewed and TRACE.exists():
-            old = json.loads(TRACE.read_text())
-            seconds |= {test: cost for test, cost in old["seconds"].items() if not test.startswith(renewed)}
-            for name, by_test in old["lines"].items():
-                kept = {test: ran for test, ran in by_test.items() if not test.startswith(renewed)}
-                lines[name] = {**kept, **lines.get(name, {})}
-        TRACE.write_text(json.dumps({"seconds": seconds, "lines": lines}))
+        Path(os.environ["LZ_MUTATION_PART"]).write_text(json.dumps({"seconds": _seconds, "lines": lines}))
 
 
 # -- mutants
@@ -422,6 +439,7 @@ def main() -> None:
     tracer.add_argument(
         "tests_of", nargs="*", metavar="FILE", help="test files, or tests; default: those that know patterns"
     )
+    tracer.add_argument("--jobs", type=int, default=2)
     tracer.set_defaults(function=trace)
     runner = commands.add_parser("run")
     runner.add_argument("--jobs", type=int, default=2)

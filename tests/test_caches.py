@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
+from packaging.version import Version
 from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, StaticCache
 from transformers.cache_utils import Cache, QuantizedLayer
 from transformers.generation.configuration_utils import CompileConfig, ContinuousBatchingConfig
@@ -20,6 +22,7 @@ from lz_compile.patterns.attention import find_attention
 from lz_compile.patterns.cache import find_rolled_windows
 from road import Road, compile_road
 from tiny import DECODERS, Architecture, tokens
+from versions import needs_wrapped_interpreter
 
 WINDOW = 8
 _GROUPED = {**DECODERS[0].settings, "head_dim": 16, "sliding_window": WINDOW}
@@ -310,6 +313,9 @@ def test_a_quantised_cache_is_left_alone_and_the_report_says_so() -> None:
     ],
     ids=lambda value: getattr(value, "name", str(value)),
 )
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.18"), reason="this transformers finds no memory for pages on a CPU"
+)
 def test_continuous_batching_gives_eagers_tokens(
     architecture: Architecture, attention: str, dynamic: bool | None
 ) -> None:
@@ -325,14 +331,27 @@ def test_continuous_batching_gives_eagers_tokens(
     assert all("additive mask(" in region.mask for region in road.regions)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("architecture", [LLAMA, MISTRAL, GEMMA3], ids=lambda value: value.name)
+def test_continuous_batching_on_a_gpu_gives_eagers_tokens(architecture: Architecture) -> None:
+    model = architecture.build("sdpa").cuda()
+    road = Road()
+    expected = generate_batch(model, None)
+    assert generate_batch(model, lambda module, inputs: road(module, inputs)) == expected
+    assert road.regions and "inductor" not in {r.kernel for r in road.regions if r.kind == "attention"}
+
+
 def generate_batch(model: Any, backend: Any, dynamic: bool | None = None) -> list[list[int]]:
     """20 tokens behind prompts of different length, decoded together; compiled unless ``backend`` is None."""
     torch._dynamo.reset()
     prompts = [tokens(1, length, length)[0].tolist() for length in (5, 9, 3)]
     how = {}
     if backend is not None:
-        how["varlen_compile_config"] = CompileConfig(backend=backend, mode=None, fullgraph=False, dynamic=dynamic)
-    batching = ContinuousBatchingConfig(num_blocks=32, page_size=8, max_batch_tokens=32, **how)
+        how["varlen_compile_config"] = CompileConfig(
+            backend=backend, mode=None, options={}, fullgraph=False, dynamic=dynamic
+        )
+    batching = ContinuousBatchingConfig(num_blocks=32, block_size=8, max_batch_tokens=32, **how)
     generation = GenerationConfig(max_new_tokens=20, do_sample=False, eos_token_id=-1, pad_token_id=0)
     found = model.generate_batch(
         prompts, generation_config=generation, continuous_batching_config=batching, progress_bar=False
@@ -489,6 +508,7 @@ def test_a_rolled_tensor_of_three_dimensions_is_no_window() -> None:
     assert windows(rolled_rows, torch.randn(2, 3, 8), torch.randn(2, 3, 1)) == 0
 
 
+@needs_wrapped_interpreter
 @pytest.mark.parametrize(("length", "size"), [(WINDOW, 16), (64, 16), (130, 40), (65, 128), (2, 1)])
 def test_a_window_moved_in_place_is_the_rolled_one_bit_for_bit(length: int, size: int) -> None:
     keys, _, new, _ = inputs(length, size)
@@ -500,6 +520,7 @@ def test_a_window_moved_in_place_is_the_rolled_one_bit_for_bit(length: int, size
         assert torch.equal(cache, expected)
 
 
+@needs_wrapped_interpreter
 def test_the_road_moves_windows_in_place_when_asked_and_attention_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rolled, "takes", lambda cache: True)
     compiled, road = compile_road(step, kinds=["attention", "rolled_window"])

@@ -519,6 +519,17 @@ def check_memory(database: Database) -> None:
         assert mine and not second
 
 
+def test_a_process_remembers_its_newest_measurements_only(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "REMEMBERED", 3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.mkdir()  # no file can be made of it
+    database = Database(path)
+    for number in (0, 1, 2, 0, 3):
+        database.store([record(key(number), created=10.0 + number)])
+    assert sorted(database.look_up([key(number) for number in range(4)]), key=str) == [key(0), key(2), key(3)]
+    assert len(database._own) == 3 and len(database._unsaved) <= 3
+
+
 def test_a_read_only_folder_is_read_and_costs_one_warning(public: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = public / "performance.sqlite3"
     with unprivileged():

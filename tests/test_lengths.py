@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import operator
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -320,3 +322,12 @@ def test_a_causal_prefill_is_half_the_work_and_a_decode_reads_half_the_cache() -
     decode = attention_work(Site(moving, 1, 64).region, 0.5)
     assert decode.flops == full.flops / 64 / 2
     assert decode.bytes == 4 * 2 * 16 * (4 + 2 * 32)
+
+
+def test_what_a_cache_write_proves_dies_with_its_graph() -> None:
+    site = Site(moving, 4, 12, write="plain")
+    assert isinstance(find_prefix(site.region), Prefix)
+    graph = weakref.ref(site.graph)
+    del site
+    gc.collect()
+    assert graph() is None

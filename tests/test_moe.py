@@ -210,12 +210,20 @@ def sorted_by_expert(
     factor: Callable[..., Any] = lambda weights, order: weights.reshape(-1)[order].unsqueeze(-1),
     back: Callable[..., Any] = lambda y, order: y[order.argsort()].view(T, K, H).sum(1),
     choose: Callable[..., Any] = lambda logits: logits.topk(K, -1),
+    foreign: Callable[..., Any] = lambda experts: None,
+    limit: Callable[..., Any] = lambda experts: experts,
 ) -> Any:
+    """``foreign`` experts' rows are filled with zeros, and their numbers limited, as expert parallelism needs it."""
+
     scores, chosen = choose(logits.softmax(-1))
     experts, order = chosen.reshape(-1).sort(descending=descending)
     shares = ends(experts, logits)
-    y = act(torch._grouped_mm(gather(x, order), gate_up.transpose(-2, -1), offs=shares))
-    y = torch._grouped_mm(y, down.transpose(-2, -1), offs=shares) + bias_of(bias, experts, chosen.reshape(-1))
+    mask = foreign(experts)
+    experts = limit(experts)
+    fill = (lambda y: y) if mask is None else (lambda y: y.masked_fill(mask.unsqueeze(-1), 0.0))
+    rows = gather(x, order) if mask is None else gather(x, order).masked_fill_(mask.unsqueeze(-1), 0.0)
+    y = act(fill(torch._grouped_mm(rows, gate_up.transpose(-2, -1), offs=shares)))
+    y = fill(torch._grouped_mm(y, down.transpose(-2, -1), offs=shares)) + bias_of(bias, experts, chosen.reshape(-1))
     return back(y * factor(scores, order), order)
 
 
@@ -240,6 +248,14 @@ SPELLINGS: dict[str, dict[str, Callable[..., Any]]] = {
     "repeated tokens, then sorted": {"gather": lambda x, order: x.repeat_interleave(K, 0)[order]},
     "a written inverse": {"back": _written_inverse},
     "added up by token": {"back": lambda y, order: _nothing(y).index_add_(0, order // K, y)},
+    "experts of other devices": {
+        "foreign": lambda experts: experts >= E,
+        "limit": lambda experts: experts.clamp_(max=E - 1),
+    },
+    "experts of other devices, no number of which is read": {
+        "foreign": lambda experts: experts >= E,
+        "limit": lambda experts: (experts.clone(), experts.clamp_(max=E - 1))[0],
+    },
     "back, then added up by token": {
         "back": lambda y, order: _nothing(y).index_add(0, _every_token(), y[order.argsort()]),
     },
@@ -352,6 +368,10 @@ NEAR_MISSES: dict[str, tuple[dict[str, Any], str]] = {
     "clamped on one side": ({"act": _one_sided}, "the activation is not known"),
     "read after a write": ({"act": _read_after_a_write}, "read after it was written"),
     "experts of less than all": ({"choose": lambda scores: scores[:, :3].topk(K, -1)}, "not the choice of a top-k"),
+    "the last expert of another device": ({"foreign": lambda experts: experts >= E - 1}, "not gathered for each"),
+    "other rows without an expert": ({"foreign": lambda experts: experts < 1}, "not gathered for each"),
+    "the last expert taken for the one before": ({"limit": lambda e: e.clamp_(max=E - 2)}, "not the bias"),
+    "the first expert taken for the next": ({"limit": lambda e: e.clamp(min=1)}, "not the bias"),
     "a value used elsewhere": (
         {"back": lambda y, order: (y[order.argsort()].view(T, K, H).sum(1), y)},
         "used elsewhere",

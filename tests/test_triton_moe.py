@@ -28,6 +28,7 @@ from lz_compile.moe import Moe, Router
 from lz_compile.region import Provider
 from road import compile_road
 from tiny import _GROUPED, tokens
+from versions import needs_wrapped_interpreter
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -210,6 +211,7 @@ def test_other_dtypes_of_tokens_weights_and_indices() -> None:
     case.check()
 
 
+@needs_wrapped_interpreter
 @pytest.mark.parametrize("facts", [{"count": 8, "top_k": 4, "experts": 8}, {"count": 1, "experts": 40}])
 def test_the_tiles_that_are_chosen_by_shape_give_the_same(facts: dict[str, int]) -> None:
     block(**facts, size=96, width=160, dtype=HALF, **GPT_OSS).check(None)  # type: ignore[arg-type]
@@ -239,6 +241,7 @@ def test_tiles_fill_the_machine_and_leave_a_sum_that_is_unrolled() -> None:
             assert config.columns * config.block_k * 2 == 16 << 10
 
 
+@needs_wrapped_interpreter
 def test_the_fake_result_has_the_shape_and_strides_of_the_real_one() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -273,6 +276,7 @@ def model(name: str, dtype: torch.dtype) -> Any:
     return result.to(DEVICE)
 
 
+@needs_wrapped_interpreter
 def test_it_qualifies_and_runs_in_a_model() -> None:
     """Under another name and without the question for a GPU, where there is none."""
     kernel = MOE if CUDA else dataclasses.replace(MOE, name="mine.moe", supports=lambda region: None, devices=())
