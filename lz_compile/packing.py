@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch._guards import detect_fake_mode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lz_compile.measure import apart
 
@@ -120,7 +121,7 @@ def _alias(first: torch.Tensor, rows: int) -> torch.Tensor:
     """The ``rows`` from the first row of ``first`` on, as a tensor that does not own its memory."""
     shape = (rows, *first.shape[1:])
     count = rows * (first.numel() // first.shape[0])
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), _disable_current_modes():
         storage = torch._C._construct_storage_from_data_pointer(first.data_ptr(), first.device, count * first.itemsize)
         return torch.empty(0, dtype=first.dtype, device=first.device).set_(storage, 0, shape, _row_major(shape))
 

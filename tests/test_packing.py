@@ -14,9 +14,11 @@ import pytest
 import torch
 import torch.fx as fx
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-import lz_compile
+import lz_compile.packing
 from lz_compile import config
 from lz_compile.backend import improve
 from lz_compile.packing import Packing
@@ -517,39 +519,56 @@ def test_inference_mode_packs_ordinary_tensors() -> None:
     assert model.up.weight.grad is not None
 
 
-def test_one_group_moves_at_a_time() -> None:
-    """While packing, no more memory is held than the model and one group."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    import lz_compile.packing
-
+def test_one_group_moves_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a group has moved its old memory is free and the model holds as much as before."""
     model = nn.ModuleList([Mlp() for _ in range(3)])
+    size = sum(parameter.numel() * 4 for parameter in model.parameters())
     held: list[int] = []
     move = lz_compile.packing._move
 
-    def weighed(tensors: Any) -> None:
+    def watched(tensors: Any) -> None:
+        old = [torch.multiprocessing.reductions.StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
         move(tensors)
-        gc.collect()
+        assert all(reference.expired() for reference in old)
         storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
         held.append(sum(storages.values()))
-        assert old and all(reference.expired() for reference in old[-1:])
 
-    reference_of = torch.multiprocessing.reductions.StorageWeakRef
-    old: list[Any] = []
-
-    def watched(tensors: Any) -> None:
-        old.append(reference_of(tensors[0].untyped_storage()))
-        weighed(tensors)
-
-    assert TorchDispatchMode is not None
-    lz_compile.packing._move = watched
-    try:
-        run, road = pack(lambda x: model[2](model[1](model[0](x))))
-        run(X)
-    finally:
-        lz_compile.packing._move = move
-    size = sum(parameter.numel() * 4 for parameter in model.parameters())
+    monkeypatch.setattr(lz_compile.packing, "_move", watched)
+    run, road = pack(lambda x: model[2](model[1](model[0](x))))
+    assert_like_eager(run, lambda x: model[2](model[1](model[0](x))))
     assert road.packed == 3 and held == [size] * 3
+
+
+class Several(nn.Module):
+    def __init__(self, sizes: list[int], bias: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(32, size, bias, dtype=dtype) for size in sizes])
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [layer(x).tanh().flatten(0, -2) * (i + 1) for i, layer in enumerate(self.layers)]
+
+
+@given(
+    sizes=st.lists(st.sampled_from([16, 32, 96]), min_size=2, max_size=4),
+    shape=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    bias=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    order=st.randoms(use_true_random=False),
+)
+@settings(max_examples=8)
+def test_any_linear_layers_give_what_they_gave(
+    sizes: list[int], shape: list[int], bias: bool, dtype: torch.dtype, order: Any
+) -> None:
+    model = Several(sizes, bias, dtype)
+    run, road = pack(model)
+    x = torch.randn(*shape, 32, dtype=dtype)
+    for _ in range(2):
+        for got, expected in zip(run(x), model(x)):
+            assert got.stride() == expected.stride()
+            torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+        layer = order.choice(model.layers)
+        layer.weight.data = torch.randn_like(layer.weight)
+    assert road.packed == 1 and road.linears() == 1 and not road.unpacked_calls
 
 
 # -- with Inductor
