@@ -165,9 +165,9 @@ def test_the_option_the_kinds_and_the_policy_turn_it_off() -> None:
         {"disable": ["aten.packed"]},
         {"policy": "version: 1\nrules:\n  - deny: '*'\n"},
     ]
-    for settings in off:
+    for chosen in off:
         model = Mlp()
-        run, road = pack(model, **settings)
+        run, road = pack(model, **chosen)
         assert_like_eager(run, model)
         assert road.packed == 0 and not shares_storage(model.gate.weight, model.up.weight)
 
