@@ -91,11 +91,22 @@ def laid_out(emitter: Emitting, output: fx.Node, result: fx.Node) -> fx.Node:
         return result
     if want.is_contiguous():
         return emitter.call(output, aten.clone.default, result, memory_format=torch.contiguous_format)
-    if want.dim() == 4 and want.transpose(1, 2).is_contiguous():
-        swapped = emitter.call(output, aten.transpose.int, result, 1, 2)
-        swapped = emitter.call(output, aten.clone.default, swapped, memory_format=torch.contiguous_format)
-        return emitter.call(output, aten.transpose.int, swapped, 1, 2)
-    return result
+    order = _memory_order(want)
+    if order is None:
+        return result
+    swapped = emitter.call(output, aten.permute.default, result, order)
+    swapped = emitter.call(output, aten.clone.default, swapped, memory_format=torch.contiguous_format)
+    return emitter.call(output, aten.permute.default, swapped, [order.index(dim) for dim in range(want.dim())])
+
+
+def _memory_order(value: torch.Tensor) -> list[int] | None:
+    """The order of dimensions in which a tensor's memory is row-major; None where that is not known, or none is."""
+    if value.dim() == 4 and value.transpose(1, 2).is_contiguous():
+        return [0, 2, 1, 3]
+    if not all(isinstance(stride, int) for stride in value.stride()):
+        return None
+    order = sorted(range(value.dim()), key=lambda dim: -value.stride(dim))
+    return order if value.permute(order).is_contiguous() else None
 
 
 def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -357,6 +357,22 @@ def test_weights_that_nobody_reads_do_not_stop_a_site() -> None:
     assert [region.reason for region in road.regions] == ["attention weights are used elsewhere"]
 
 
+def test_a_result_keeps_the_memory_order_that_eager_gives_it() -> None:
+    """Queries that come sequence first give results that do, too, which a view may rely on."""
+
+    def attend(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        query, key, value = x.view(9, 2, 4, 48).permute(1, 2, 0, 3).chunk(3, -1)
+        query = query.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None])
+        return out.permute(2, 0, 1, 3).contiguous().view(18, 64)
+
+    x, mask = torch.randn(9, 2, 192), torch.arange(9) < torch.tensor([[9], [5]])
+    compiled, road = compile_road(attend)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, mask), attend(x, mask))
+    assert len(road.regions) == 1 and "inductor" not in road.kernels
+
+
 def test_a_graph_whose_values_tracing_loses_is_left_alone() -> None:
     def program(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.vmap(lambda row: row.cumsum(0))(x), F.scaled_dot_product_attention(x, x, x)
