@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 from lz_compile.lowering.pointwise import pointwise_work
+from lz_compile.lowering.projections import projections_work
 from lz_compile.lowering.sampling import sampling_as_it_stood
 from lz_compile.lowering.work import attention_work, moe_work
 from lz_compile.mask import MaskForm
 from lz_compile.moe import Moe
+from lz_compile.projections import Projections
 from lz_compile.region import Region, Work
 from lz_compile.sampling import Sampling
 
@@ -21,6 +23,8 @@ def as_it_stood(region: Region) -> Work:
         return moe_as_it_stood(region)
     if isinstance(region.op, Sampling):
         return sampling_as_it_stood(region)
+    if isinstance(region.op, Projections):
+        return projections_work(region, len(region.op.members))
     if region.op is not None:
         return pointwise_work(region, 0.8)
     return Work(0.0, 0.0)

@@ -24,7 +24,17 @@ from fnmatch import fnmatchcase
 
 from lz_compile import config, discovery
 from lz_compile.discovery import Finding, Spec
-from lz_compile.lowering import aten, cpu, sampling, sampling_cpu, tables, triton, triton_moe, triton_sampling
+from lz_compile.lowering import (
+    aten,
+    cpu,
+    projections,
+    sampling,
+    sampling_cpu,
+    tables,
+    triton,
+    triton_moe,
+    triton_sampling,
+)
 from lz_compile.region import Kernel, Provider
 
 log = logging.getLogger("lz_compile")
@@ -45,6 +55,7 @@ KERNELS: list[Kernel] = [
     triton_sampling.UNSETTLED,
     triton_sampling.FILTERS,
     sampling.WARPERS,
+    projections.PACKED,
 ]
 KERNELS += [kernel for kernel in aten.PROVIDER.kernels if kernel not in KERNELS]
 

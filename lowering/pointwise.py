@@ -15,9 +15,11 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from lz_compile.lowering.activations import ACTIVATIONS
 from lz_compile.lowering.moe import moe_meaning
+from lz_compile.lowering.projections import projections_meaning
 from lz_compile.lowering.sampling import sampling_meaning
 from lz_compile.moe import Moe
 from lz_compile.pointwise import Activation, Cast, Glu, RmsNorm, Rope
+from lz_compile.projections import Projections
 from lz_compile.region import Region, Work
 from lz_compile.sampling import Sampling
 
@@ -68,6 +70,8 @@ def meaning(region: Region) -> Callable[..., torch.Tensor]:
         return moe_meaning(region)
     if isinstance(op, Sampling):
         return sampling_meaning(region)
+    if isinstance(op, Projections):
+        return projections_meaning(region)
     assert isinstance(op, Rope)
     return rope
 

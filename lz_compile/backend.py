@@ -20,13 +20,16 @@ from lz_compile import config
 from lz_compile.aliasing import Aliases
 from lz_compile.normalize import LeftAlone, module_path, normalize, spell_out_constants
 from lz_compile.options import split_options
+from lz_compile.packing import Packing, memory_order
 from lz_compile.policy import PolicyError
+from lz_compile.projections import Projections
 from lz_compile.region import INDUCTOR, Region
 from lz_compile.report import GraphReport, RegionReport, publish, watched
 from lz_compile.rewrite import as_laid_out, is_copied, laid_out, replace, rewrite
 
 if TYPE_CHECKING:
-    from lz_compile.plan import Plan
+    from lz_compile.measure import Terms
+    from lz_compile.plan import Market, Plan
 
 log = logging.getLogger("lz_compile")
 
@@ -50,9 +53,10 @@ def layerzero(
     ours, inductor = split_options(mode, options)
     with config.patch(ours):
         report = GraphReport.start(mode, options)
-        rewritten = improve(module, report, inductor)
+        packing = Packing(example_inputs)
+        rewritten = improve(module, report, inductor, packing)
         with report.step("Inductor"):
-            compiled = _compile(compile_fx, module, rewritten, example_inputs, inductor, report)
+            compiled = _compile(compile_fx, module, rewritten, packing, inductor, report)
     publish(report)
     return watched(compiled, report)
 
@@ -68,11 +72,15 @@ layerzero.reset = _reset  # type: ignore[attr-defined]
 
 
 def improve(
-    module: fx.GraphModule, report: GraphReport, inductor: dict[str, Any] | None = None
+    module: fx.GraphModule,
+    report: GraphReport,
+    inductor: dict[str, Any] | None = None,
+    packing: Packing | None = None,
 ) -> fx.GraphModule | None:
     """The rewritten graph, or None when nothing was replaced; the report says why.
 
-    ``inductor`` are the config patches that Inductor will get.
+    ``inductor`` are the config patches that Inductor will get.  Where ``packing`` is given parameters may move: the
+    rewritten graph then takes ``packing.example_inputs()``.
 
     Raises:
         PolicyError: the user's policy cannot be read, or a lock in it cannot be honoured.
@@ -87,13 +95,13 @@ def improve(
         receipt.note = f"{len(module.graph.nodes)} Dynamo nodes, {len(normal.graph.nodes)} ATen nodes"
     rewritten = None
     with _left_to_inductor(report, "rewrite"):
-        if _transform(normal, report, inductor or {}):
+        if _transform(normal, report, inductor or {}, packing):
             spell_out_constants(normal)
             rewritten = normal
     return rewritten
 
 
-def _transform(normal: fx.GraphModule, report: GraphReport, inductor: dict[str, Any]) -> bool:
+def _transform(normal: fx.GraphModule, report: GraphReport, inductor: dict[str, Any], packing: Packing | None) -> bool:
     """Changes the graph by what was found in it; whether anything was."""
     from lz_compile.graph_safety import skipped_reasons
     from lz_compile.lowering.emit import Emitter
@@ -128,6 +136,14 @@ def _transform(normal: fx.GraphModule, report: GraphReport, inductor: dict[str, 
     with report.step("libraries") as receipt:  # the first time on a machine each is tried out in a child process
         running = kernels()
         receipt.note = f"{len(running)} kernels"
+    graphs = _uses_cuda_graphs(inductor)
+    terms = Terms(config.measure, config.measure_budget, graphs, inductor, Emitter, laid_out)
+    market = Market(running, {provider.name: provider for provider in providers()}, as_it_stood)
+    packed: list[RegionReport] = []
+    if packing is not None and config.pack_weights and "projections" in config.kinds:
+        with report.step("pack weights") as receipt:
+            packed, receipt.note = _pack_weights(normal.graph, market, terms, report.mode, packing)
+    report.regions = packed
     with report.step("match") as receipt:
         aliases = Aliases(normal.graph)
         regions: list[Region] = []
@@ -142,13 +158,11 @@ def _transform(normal: fx.GraphModule, report: GraphReport, inductor: dict[str, 
         for kind in sorted(wanted):
             regions += POINTWISE[kind](normal.graph, aliases, module_path)
         spans(regions)
+    changed = bool(trimmed or shifted or absorbed or (packing is not None and packing.packs))
     if not regions:
-        report.reason = report.reason or ("" if trimmed or shifted or absorbed else "nothing to replace")
-        return bool(trimmed or shifted or absorbed)
+        report.reason = report.reason or ("" if changed else "nothing to replace")
+        return changed
     with report.step("plan") as receipt:
-        graphs = _uses_cuda_graphs(inductor)
-        terms = Terms(config.measure, config.measure_budget, graphs, inductor, Emitter, laid_out)
-        market = Market(running, {provider.name: provider for provider in providers()}, as_it_stood)
         plan = joint(regions, market, terms, policy, report.mode, is_copied)
         # A table that no kernel stores is what Inductor does anyway: nothing to report.
         plan.choices = [c for c in plan.choices if c.kernel is not None or c.region.kind != "rope_table"]
@@ -162,8 +176,8 @@ def _transform(normal: fx.GraphModule, report: GraphReport, inductor: dict[str, 
     with report.step("rewrite") as receipt:
         replaced = rewrite(normal, aliases, plan, Emitter)
         receipt.note = f"{replaced} of {len(regions)} regions replaced"
-    report.regions = _settled(described, plan)
-    return bool(replaced or trimmed or shifted or absorbed)
+    report.regions = _settled(described, plan) + packed
+    return bool(replaced or changed)
 
 
 def _shift_windows(graph: fx.Graph, aliases: Aliases, make_emitter: Callable[..., Any]) -> int:
@@ -196,6 +210,63 @@ def _absorb_latents(graph: fx.Graph, aliases: Aliases, make_emitter: Callable[..
     ]
     replace(graph, results)
     return len(results)
+
+
+def _pack_weights(
+    graph: fx.Graph, market: Market, terms: Terms, mode: str, packing: Packing
+) -> tuple[list[RegionReport], str]:
+    """Linear layers that read one value become one, where that is faster and their parameters may move."""
+    from lz_compile.lowering.emit import Emitter
+    from lz_compile.lowering.projections import replace_by_packed
+    from lz_compile.needed_rows import relay
+    from lz_compile.patterns.projections import find_projections
+    from lz_compile.plan import joint
+    from lz_compile.policy import active
+
+    aliases = Aliases(graph)
+    regions = find_projections(graph, aliases, module_path)
+    if not regions:
+        return [], "no linear layers of a module share an input"
+    positions = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
+
+    def ordered(op: Projections) -> Projections:
+        order = memory_order([packing.inputs[positions[weight]] for weight in op.weights])
+        weights, members = (tuple(nodes[i] for i in order) for nodes in (op.weights, op.members))
+        return Projections(op.input, weights, tuple(op.biases[i] for i in order) if op.biases else (), members)
+
+    def groups(op: Projections) -> list[list[int]]:
+        return [[positions[node] for node in nodes] for nodes in (op.weights, op.biases) if nodes]
+
+    for region in regions:
+        if terms.inductor.get("freezing", torch._inductor.config.freezing):
+            region.declined = region.declined or "Inductor freezes the weights"
+        if not region.declined:
+            region.declined = packing.why_not(groups(ordered(region.op)))
+    plan = joint(regions, market, terms, active(), mode, is_copied)
+    described = [RegionReport.describe(choice) for choice in plan.choices]
+    emitter, moved = Emitter(graph, aliases), set()
+    for choice in plan.choices:
+        if choice.kernel is None:
+            continue
+        op = ordered(choice.region.op)
+        if reason := packing.pack(groups(op)):
+            choice.kernel, choice.reason = None, reason
+            continue
+        moved |= set(replace_by_packed(emitter, op, choice.region.output))
+    if moved:
+        before = _strides(graph)
+        relay(graph, Aliases(graph), Emitter, moved)
+        if _strides(graph) != before:
+            raise RuntimeError("packed weights change the memory layout of a result")
+    count = sum(choice.kernel is not None for choice in plan.choices)
+    return _settled(
+        described, plan
+    ), f"{count} of {len(regions)} groups of linear layers; {plan.measuring or plan.planner}"
+
+
+def _strides(graph: fx.Graph) -> list[Any]:
+    values = [node.meta.get("val") for node in graph.output_node().all_input_nodes]
+    return [value.stride() if isinstance(value, torch.Tensor) else None for value in values]
 
 
 def _device_types(graph: fx.Graph) -> set[str]:
@@ -240,14 +311,19 @@ def _compile(
     compile_fx: Callable[..., Any],
     original: fx.GraphModule,
     rewritten: fx.GraphModule | None,
-    example_inputs: list[Any],
+    packing: Packing,
     inductor: dict[str, Any],
     report: GraphReport,
 ) -> Callable[..., Any]:
+    def as_it_came() -> Callable[..., Any]:
+        compiled = compile_fx(original, packing.unpacked_inputs(), config_patches=inductor)
+        return packing.bind(compiled)
+
     if rewritten is None:
-        return compile_fx(original, example_inputs, config_patches=inductor)
+        return as_it_came()
     try:
-        return compile_fx(rewritten, example_inputs, config_patches=inductor)
+        compiled = compile_fx(rewritten, packing.example_inputs(), config_patches=inductor)
+        return packing.bind(compiled, _unpacked(original, inductor) if packing.packs else None)
     except Exception as error:
         if config.strict:
             raise
@@ -255,4 +331,20 @@ def _compile(
         log.warning("lz-compile left a graph to Inductor: %s", report.reason)
         for entry in report.regions:
             entry.kernel, entry.reason = INDUCTOR, report.reason
-        return compile_fx(original, example_inputs, config_patches=inductor)
+        return as_it_came()
+
+
+def _unpacked(original: fx.GraphModule, inductor: dict[str, Any]) -> Callable[..., Any]:
+    """The graph as it came, compiled when it is first called: for parameters that may not be packed any more.
+
+    Without CUDA graphs, which would copy parameters that nobody says are static.
+    """
+    compiled: list[Callable[..., Any]] = []
+
+    def run(*args: Any) -> Any:
+        if not compiled:
+            options = {**inductor, "triton.cudagraphs": False}
+            compiled.append(torch.compile(original.forward, backend="inductor", options=options))
+        return compiled[0](*args)
+
+    return run

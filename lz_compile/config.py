@@ -35,13 +35,17 @@ trim_rows: bool = True
 # of expanding the whole cache for every head.
 absorb_latents: bool = True
 
+# Make q, k and v (and gate and up) one product over one packed weight, where that is faster: the parameters become
+# views of one storage.
+pack_weights: bool = True
+
 # Let a top-p filter on CUDA keep one token more or less than eager's where only the rounding of its sums decides.
 # Needed for a fast one inside CUDA graphs: without it such rows are found and run as in eager, which asks the device.
 rounded_filters: bool = False
 
 # Region kinds to look for, where some kernel runs on the graph's device; an empty list leaves every graph to Inductor.
 # Not among them unless asked for: "rolled_window", by which a full sliding cache on CUDA moves its rows in place.
-kinds: list[str] = ["attention", "rope_table", "rms_norm", "glu", "rope", "moe", "sampling"]
+kinds: list[str] = ["attention", "rope_table", "rms_norm", "glu", "rope", "moe", "sampling", "projections"]
 
 # Values of settings that take one of a few words.
 _WORDS = {"measure": ("auto", "cached", "off")}

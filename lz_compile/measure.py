@@ -190,7 +190,7 @@ class _Gathering:
             for group, mapping in zip(groups, keys)
         ]
         if any(unknown) and self.terms.measure == "auto" and _is_measurable(self.device):
-            with self._clocked(), _apart(self.device):
+            with self._clocked(), apart(self.device):
                 for i in sorted(range(len(groups)), key=lambda i: -self._value(groups[i])):
                     missing = {name: key for name, key in unknown[i].items() if key not in known}
                     if missing:
@@ -241,7 +241,7 @@ class _Gathering:
             if known is not None or not mine:
                 return known or nominal(self.device)
             try:
-                with self._clocked(), _apart(self.device):
+                with self._clocked(), apart(self.device):
                     roof = fit(self.device)
             except Exception as error:
                 log.warning("lz-compile could not measure %s: %s", self.device, error)
@@ -374,9 +374,12 @@ class _Bench:
             self.reference = Reference(self.specimen, mask)
         else:
             from lz_compile.lowering.pointwise import meaning
-            from lz_compile.pointwise_specimen import PointwiseReference, PointwiseSpecimen
+            from lz_compile.pointwise_specimen import PointwiseReference, PointwiseSpecimen, ProjectionsSpecimen
+            from lz_compile.projections import Projections
 
-            pointwise = PointwiseSpecimen.of(group.regions[0], group.copied)
+            is_linear = isinstance(group.regions[0].op, Projections)
+            kind = ProjectionsSpecimen if is_linear else PointwiseSpecimen
+            pointwise = kind.of(group.regions[0], group.copied)
             self.specimen, self.reference = pointwise, PointwiseReference(pointwise, meaning(group.regions[0]))
 
     def run(self) -> list[Record]:
@@ -592,7 +595,7 @@ def _is_measurable(device: torch.device) -> bool:
 
 
 @contextlib.contextmanager
-def _apart(device: torch.device) -> Iterator[None]:
+def apart(device: torch.device) -> Iterator[None]:
     """Real tensors in the middle of a compile: no dispatch modes of the caller's, no gradients; random states are put
     back and memory is given back.  (Default devices and inference mode Dynamo keeps away from a backend.)
     """

@@ -50,6 +50,19 @@ def trim(graph: fx.Graph, aliases: Aliases, make_emitter: Callable[[fx.Graph, Al
     return f"{len(heavy)} matrix products and {others} other operations run on {' or '.join(shares)} rows"
 
 
+def relay(
+    graph: fx.Graph, aliases: Aliases, make_emitter: Callable[[fx.Graph, Aliases], Any], moved: set[fx.Node]
+) -> None:
+    """Brings the readers of ``moved`` up to date: values that took the place of others and lie in memory otherwise.
+
+    Raises:
+        RuntimeError: a reader writes to such a value in place.
+    """
+    rebuild = _Rebuild(graph, make_emitter(graph, aliases), {})
+    rebuild.moved |= moved
+    rebuild.run()
+
+
 # -- which rows are needed
 
 

@@ -39,8 +39,10 @@ log = logging.getLogger("lz_compile")
 
 # Kinds that Inductor would fuse with pointwise neighbours; an opaque kernel in their place makes values cross memory.
 FUSIBLE = frozenset({"rms_norm", "layer_norm", "rope", "glu"})
+# Kinds in which a kernel has to win beyond the noise: fusion is worth more, and weights do not move for nothing.
+_LEFT_IN_DOUBT = FUSIBLE | {"projections"}
 # Inductor's version has to be this much faster than a kernel's: within the noise the kernel stays, which also saves the
-# memory of a mask or of repeated heads.  In a fusible kind the kernel has to be that much faster: fusion is worth more.
+# memory of a mask or of repeated heads.  In a kind that is left in doubt the kernel has to be that much faster.
 _INDUCTOR_MARGIN = 1.03
 
 COVERED = "covered by "
@@ -301,7 +303,7 @@ def _cost_of_leaving(site: _Site, has_choice: bool) -> float:
         return math.inf if has_choice else 0.0
     if has_choice and (config.prefer and any(_is_preferred(k) for k in site.candidates)):
         return math.inf
-    margin = 1 / _INDUCTOR_MARGIN if site.region.kind in FUSIBLE else _INDUCTOR_MARGIN
+    margin = 1 / _INDUCTOR_MARGIN if site.region.kind in _LEFT_IN_DOUBT else _INDUCTOR_MARGIN
     return _cost(site, INDUCTOR) * margin
 
 

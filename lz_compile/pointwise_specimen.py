@@ -20,6 +20,7 @@ from lz_compile import config
 from lz_compile.aliasing import Aliases
 from lz_compile.moe import Moe
 from lz_compile.normalize import spell_out_constants
+from lz_compile.projections import Projections
 from lz_compile.qualify import Problem, largest_excess
 from lz_compile.region import Region
 from lz_compile.sampling import Sampling
@@ -70,11 +71,14 @@ class PointwiseSpecimen(Specimen):
                     args, kwargs = fx.map_arg((new.args, new.kwargs), lambda n: n.meta["val"])
                     new.meta["val"] = new.target(*args, **kwargs)  # type: ignore[operator]
             anchor = graph.call_function(nothing, (inputs[0],))
-            anchor.meta["val"] = self.output.empty()
+            anchor.meta["val"] = self._result()
         own = tuple(mapping[node] for node in self.region.inputs)
         op = moved(self.region.op, mapping)
         region = dataclasses.replace(self.region, output=anchor, nodes=[], op=op, inputs=own)
         return emitted(module, emit, make_emitter, region)
+
+    def _result(self) -> torch.Tensor:
+        return self.output.empty()
 
     def as_it_stood(self) -> fx.GraphModule:
         """The region's own nodes from its inputs to its output, with what they write in place, and constants."""
@@ -113,6 +117,30 @@ class PointwiseSpecimen(Specimen):
             fill(tensor, value if kind == "typical" else 10 * value + 3)
             result.append(tensor)
         return result
+
+
+class ProjectionsSpecimen(PointwiseSpecimen):
+    """Linear layers that read one value: on its own a kernel gives their results in a row, ``[..., sum(N_i)]``.
+
+    Only the input differs from call to call: what a kernel makes of the weights alone is not timed.
+    """
+
+    @property
+    def roots(self) -> list[int]:
+        return [0]
+
+    def as_it_stood(self) -> fx.GraphModule:
+        module, inputs = self._inputs()
+        graph = module.graph
+        mapping = dict(zip(self.sources, inputs))
+        graph.output(tuple(graph.node_copy(node, lambda n: mapping[n]) for node in self.region.op.members))
+        module.recompile()
+        return module
+
+    def _result(self) -> torch.Tensor:
+        output = self.output
+        sizes = (*output.sizes[:-1], sum(self.region.op.sizes))
+        return torch.empty(sizes, dtype=output.dtype, device=output.device)
 
 
 def _routed(op: Moe, node: fx.Node, layout: Layout, kind: Draw, generator: torch.Generator) -> torch.Tensor:
@@ -198,8 +226,11 @@ class PointwiseReference:
         return largest_excess(output, expected, expected.abs().amax(-1, keepdim=True), coarsest)
 
     def _wide(self, node: fx.Node, value: torch.Tensor) -> torch.Tensor:
-        """In float64, except the weights of experts, which may fill a device: their meaning widens them one by one;
-        and except scores, of which filters keep those that their own rounding leaves."""
+        """In float64, except weights, which may fill a device: their meaning widens them in parts; and except scores,
+        of which filters keep those that their own rounding leaves."""
         op = self.specimen.region.op
-        as_it_is = isinstance(op, Sampling) or (isinstance(op, Moe) and node in (op.gate_up, op.down))
+        is_large = (isinstance(op, Moe) and node in (op.gate_up, op.down)) or (
+            isinstance(op, Projections) and node is not op.input
+        )
+        as_it_is = is_large or isinstance(op, Sampling)
         return value.double() if value.is_floating_point() and not as_it_is else value
