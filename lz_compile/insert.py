@@ -15,7 +15,7 @@ def insert_call(fake_mode: Any, anchor: fx.Node, target: Any, *args: Any, **kwar
     with anchor.graph.inserting_before(anchor):
         node = anchor.graph.call_function(target, args, kwargs)
     values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-    # Operators that are made of others are so in Python, too: in C++ some ask symbolic shapes for numbers (linear in 2.11).
+    # Operators made of others are taken apart in Python: in C++ some ask symbolic shapes for numbers (linear in 2.11).
     with fake_mode, torch.no_grad(), enable_python_dispatcher():
         node.meta["val"] = target(*values[0], **values[1])
     for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
