@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.fx as fx
@@ -43,17 +43,14 @@ class Product:
 
 def product_of(node: fx.Node) -> Product | None:
     """The product per expert that a node is, None for anything else."""
-    if node.op != "call_function":
-        return None
     if str(node.target) in _GROUPED:
         known = arguments(node)
         rows, weight, by = (
             known.get(a, known.get(b)) for a, b in (("self", "input"), ("mat2", "weight"), ("offs", "offs"))
         )
-        value = fake(weight)
-        if not isinstance(by, fx.Node) or known.get("bias") is not None or known.get("out_dtype") is not None:
+        if known.get("bias") is not None or known.get("out_dtype") is not None:
             return None
-        if value is None or value.dim() != 3 or fake(rows) is None or tensor(rows).dim() != 2:
+        if tensor(weight).dim() != 3 or tensor(rows).dim() != 2:
             return None
         source, turned = _turned(weight)  # type: ignore[arg-type]
         return Product(node, rows, source, "out, in" if turned else "in, out", by, "grouped_mm")  # type: ignore[arg-type]
@@ -61,11 +58,11 @@ def product_of(node: fx.Node) -> Product | None:
         return None
     for rows, other, left in ((node.args[0], node.args[1], True), (node.args[1], node.args[0], False)):
         gathered, turned = _turned(other)  # type: ignore[arg-type]
-        found, value = taken(gathered), fake(rows)
-        if found is None or value is None or value.dim() != 3 or not same(value.shape[1 if left else 2], 1):
+        found, value = taken(gathered), tensor(rows)
+        if found is None or value.dim() != 3 or not same(value.shape[1 if left else 2], 1):
             continue
         source, again = _turned(found[0])
-        if fake(source) is None or tensor(source).dim() != 3:
+        if tensor(source).dim() != 3:
             continue
         layout: Layout = "in, out" if left != (turned != again) else "out, in"
         return Product(node, rows, source, layout, found[1], "batched_mm")  # type: ignore[arg-type]
@@ -86,11 +83,11 @@ def _turned(node: fx.Node) -> tuple[fx.Node, bool]:
 
 def first_of(last: Product, products: dict[fx.Node, Product]) -> Product | None:
     """The product of as many rows that a product's rows are made of, elementwise."""
-    waiting: list[Any] = [last.rows]
+    waiting = [last.rows]
     seen: set[fx.Node] = set()
     while waiting and len(seen) < 40:
         node = waiting.pop()
-        if node in seen or not isinstance(node, fx.Node) or node.op != "call_function":
+        if node in seen:
             continue
         seen.add(node)
         if node in products:

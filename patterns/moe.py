@@ -136,8 +136,6 @@ class _Reader:
                 node = node.args[0]
             else:
                 break
-            if not isinstance(node, fx.Node):
-                break
         self._stop(by, "the experts are not the choice of a top-k over all of them")
 
     def _is_top_k(self, node: fx.Node, experts: int) -> bool:
@@ -210,30 +208,28 @@ class _Reader:
         return same(value.shape[0], self.routing.pairs) and same(value.shape[-1], width)
 
     def _first_bias(self, y: fx.Node, order: fx.Node | None) -> fx.Node | None:
-        bias: fx.Node | None = None
-        for _ in range(2):
-            node = self.routing.behind(y)
-            if node is self.first.node:
-                return bias
-            if target(node) is not aten.add.Tensor or bias is not None:
-                break
+        node = self.routing.behind(y)
+        if node is self.first.node:
+            return None
+        if target(node) is aten.add.Tensor:
             for part, other in ((node.args[0], node.args[1]), (node.args[1], node.args[0])):
-                if (found := self._bias(node, other, order)) is not None:
-                    bias, y = found, part  # type: ignore[assignment]
+                bias = self._bias(node, part, other, order)
+                if bias is not None and self.routing.behind(part) is self.first.node:
+                    return bias
         self._stop(node, "between the products is something else")
 
-    def _bias(self, add: fx.Node, other: Any, order: fx.Node | None) -> fx.Node | None:
-        """``[E, N]`` of which an addition takes each row's expert's."""
-        found, value = taken(other), fake(add)
-        if found is None or arguments(add)["alpha"] != 1 or value is None:
+    def _bias(self, add: fx.Node, rows: Any, other: Any, order: fx.Node | None) -> fx.Node | None:
+        """``[E, N]`` of which an addition to rows ``[T * K, N]`` takes each row's expert's."""
+        found = taken(other)
+        if found is None or arguments(add)["alpha"] != 1:
             return None
-        source = fake(found[0])
-        if source is None or source.dim() != 2 or self.routing.rows(found[1]) != Rows("expert", order):
+        source = tensor(found[0])
+        if source.dim() != 2 or self.routing.rows(found[1]) != Rows("expert", order):
             return None
-        experts = tensor(self.first.weight).shape[0]
-        if value.dim() != 2 or not same_shape(tensor(other).shape, value.shape) or source.dtype != self.dtype:
+        values, shape = (fake(rows), fake(other)), tensor(add).shape
+        if any(v is None or not same_shape(v.shape, shape) for v in values) or source.dtype != self.dtype:
             return None
-        return found[0] if same(source.shape[0], experts) else None
+        return found[0] if same(source.shape[0], tensor(self.first.weight).shape[0]) else None
 
     # -- from the second product to the sum
 
@@ -267,7 +263,7 @@ class _Reader:
                 self._stop(user, "rounds between products and sum")
             elif kind is aten.add.Tensor and weights is None and bias is None:
                 other = next((x for x in user.args[:2] if x is not node), None)
-                bias = self._bias(user, other, order)
+                bias = self._bias(user, node, other, order)
                 if bias is None:
                     self._stop(user, "what is added is not the bias of a row's expert")
             elif kind is aten.mul.Tensor:
@@ -307,7 +303,7 @@ class _Reader:
         found = taken(behind_order(other)[-1])
         held = routing.rows(found[1]) if found is not None else None
         if found is not None and held is not None and held.what == "pair":
-            if held.order is not order or not same_shape(tensor(found[0]).shape, (routing.pairs,)):
+            if held.order is not order:
                 return None
             other = found[0]
         elif order is not None:

@@ -17,7 +17,6 @@ import torch.fx as fx
 from lz_compile.aliasing import Aliases
 from lz_compile.patterns.walk import (
     CASTS,
-    COPIES,
     RESHAPES,
     arguments,
     aten,
@@ -96,9 +95,9 @@ class Routing:
         self.pairs = self.tokens * self.top_k
 
     def rows(self, node: Any) -> Rows | None:
-        """What a vector ``[T * K]`` holds, None where that is not known."""
+        """What an integer vector ``[T * K]`` holds, None where that is not known."""
         value = fake(node)
-        if value is None or value.dim() != 1 or not same(value.shape[0], self.pairs):
+        if value is None or value.dtype not in _INTEGERS or not same_shape(value.shape, (self.pairs,)):
             return None
         base = self._base(node)
         kind = target(base)
@@ -128,7 +127,7 @@ class Routing:
             node = behind_order(node)[-1]
             if target(node) not in _FILLS or not self._never(node.args[1]):
                 return node
-            if fake(node.args[0]) is None or not same_shape(tensor(node).shape, tensor(node.args[0]).shape):
+            if not same_shape(tensor(node).shape, tensor(node.args[0]).shape):
                 return node
             node = node.args[0]
 
@@ -138,9 +137,7 @@ class Routing:
 
     def repeats(self, node: fx.Node) -> bool:
         """Whether ``node`` repeats each row of its input, one a token, for every pair of the token."""
-        value, source = fake(node), fake(node.args[0])
-        if value is None or source is None:
-            return False
+        value, source = tensor(node), tensor(node.args[0])
         if target(node) is aten.repeat_interleave.self_int:
             known = arguments(node)
             along = known["dim"] == 0 or (known["dim"] is None and source.dim() == 1)
@@ -154,11 +151,10 @@ class Routing:
 
     def counts_experts(self, node: Any, experts: int) -> bool:
         """Whether ``node`` is ``[experts]``, how many pairs come before the end of each expert's share."""
-        value = fake(node)
-        if target(node) is not aten.cumsum.default or value is None or value.dtype not in _INTEGERS:
+        if target(node) is not aten.cumsum.default or tensor(node).dtype not in _INTEGERS:
             return False
         counts = behind_order(node.args[0])[-1]
-        if target(counts) in CASTS and fake(counts) is not None and tensor(counts).dtype in _INTEGERS:
+        if target(counts) in CASTS and tensor(counts).dtype in _INTEGERS:
             counts = behind_order(counts.args[0])[-1]
         if target(counts) is not aten.histc.default:
             return False
@@ -173,19 +169,14 @@ class Routing:
         return rows is not None and rows.what == "expert"
 
     def _base(self, node: Any) -> fx.Node:
-        """Behind steps that keep values and their order; casts between integers keep them."""
+        """Behind steps of integers that keep values and their order; casts between them do."""
         while True:
             chain = behind_order(node)
             if self.chosen in chain:
                 return self.chosen
             node = chain[-1]
-            value = fake(node)
-            if self.clamps_nothing(node):
-                node = node.args[0]
-                continue
-            if target(node) not in CASTS | COPIES or value is None or value.dtype not in _INTEGERS:
-                return node
-            if fake(node.args[0]) is None or tensor(node.args[0]).dtype not in _INTEGERS:
+            casts = target(node) in CASTS and tensor(node.args[0]).dtype in _INTEGERS
+            if not casts and not self.clamps_nothing(node):
                 return node
             node = node.args[0]
 
@@ -212,7 +203,7 @@ class Routing:
     def _sorted(self, node: fx.Node, values: bool) -> Rows | None:
         known = arguments(node)
         rows = self.rows(known["self"])
-        if rows is None or known["descending"] or known["dim"] not in (0, -1):
+        if rows is None or known["descending"]:
             return None
         if rows == Rows("expert"):
             return Rows("expert" if values else "pair", node)
@@ -221,11 +212,10 @@ class Routing:
         return None
 
     def _divided(self, node: fx.Node) -> Rows | None:
+        """Integers divided to integers; which way they round is the same of what is not negative."""
         known = arguments(node)
-        if known.get("rounding_mode", "floor") not in ("floor", "trunc"):
-            return None
         rows, divisor = self.rows(known["self"]), scalar(known["other"], self.aliases)
-        if rows is None or rows.what != "pair" or divisor is None or not same(divisor, self.top_k):
+        if rows is None or rows.what != "pair" or divisor != self.top_k:
             return None
         return Rows("token", rows.order)
 
@@ -240,12 +230,14 @@ class Routing:
         return None
 
     def _inverse(self, node: fx.Node) -> Rows | None:
-        """``into[permutation] = arange``: every element is written, whatever ``into`` held."""
+        """``into[permutation] = arange``: every element is written, whatever ``into`` held.
+
+        Of as many elements as pairs, ``into`` is one column: a permutation of pairs would not fit its first dimension.
+        """
         known = arguments(node)
-        indices, into = known["indices"], fake(known["self"])
-        if known["accumulate"] or len(indices) != 1 or into is None or into.dim() != 1:
+        if known["accumulate"]:
             return None
-        rows, values = self.rows(indices[0]), self.rows(known["values"])
+        rows, values = self.rows(known["indices"][0]), self.rows(known["values"])
         if rows is None or rows.what != "pair" or rows.order is None or values != Rows("pair"):
             return None
         return Rows("place", of=rows.order)
