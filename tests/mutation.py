@@ -54,6 +54,7 @@ TRACED = [
     "tests/test_latent.py",
     "tests/test_moe.py",
     "tests/test_routing.py",
+    "tests/test_expert_parts.py",
     "tests/test_gpu.py",
 ]
 
@@ -113,6 +114,9 @@ EQUIVALENT: dict[str, str] = {
     "columns.py columns: part is None": _TENSOR,
     "columns.py columns: not part.dim()": "a tensor without dimensions is no part of another",
     "columns.py columns: value is None": _TENSOR,
+    "expert_activation.py _gated: name is None": "without a name there is no gate either, which has no halves",
+    "expert_products.py first_of: node in seen": _PURE,
+    "moe.py _site: node in found": _PURE,
     "heads.py _expand_reshape: outer is None": _TENSOR,
     "heads.py _expand_reshape: shape is None": _TENSOR,
     "heads.py _expand_reshape: wide is None": _TENSOR,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,9 @@ import pytest
 import torch
 import torch.fx as fx
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from lz_compile.aliasing import Aliases
 from lz_compile.moe import Router
@@ -53,7 +54,6 @@ def _grouped(weight: Callable[..., Any]) -> Callable[..., Any]:
         (lambda w: w.permute(0, 2, 1), "out, in", True),
         (lambda w: w.transpose(0, 1), "in, out", False),
         (lambda w: w.permute(1, 0, 2), "in, out", False),
-        (lambda w: w.permute(2, 0, 1).mT, "out, in", False),
     ],
 )
 def test_a_grouped_product_is_read_with_its_layout(weight: Callable[..., Any], layout: str, turns: bool) -> None:
@@ -87,7 +87,7 @@ NO_PRODUCTS: dict[str, tuple[Callable[..., Any], list[torch.Tensor]]] = {
         lambda a, b, ends: torch._grouped_mm(a, b, offs=ends),
         [_bf16(2, 16, 16), _bf16(16, 32), torch.tensor([16, 32]).int()],
     ),
-    "weights that nobody gathered": (torch.bmm, [torch.randn(3, 1, H), torch.randn(3, H, N)]),
+    "weights that nobody gathered": (lambda x, w: torch.bmm(x, w), [torch.randn(3, 1, H), torch.randn(3, H, N)]),
     "several rows an expert": (lambda x, w, e: torch.bmm(x, w[e]), [torch.randn(3, 2, H), torch.randn(E, H, N)]),
     "several columns an expert": (lambda x, w, e: torch.bmm(w[e], x), [torch.randn(3, H, 2), torch.randn(E, N, H)]),
     "all rows by each expert": (
@@ -137,11 +137,15 @@ def _scaled_sigmoid(y: torch.Tensor) -> torch.Tensor:
     return (up + 1) * (gate * torch.sigmoid(gate * 1.5))
 
 
+def _spelled(act: Callable[..., Any], parts: Callable[..., Any] = _halves) -> Callable[..., torch.Tensor]:
+    return lambda y: act(*parts(y))
+
+
 ACTIVATIONS: dict[str, tuple[Callable[..., torch.Tensor], dict[str, Any]]] = {
     "halves": (lambda y: F.silu(_halves(y)[0]) * _halves(y)[1], {}),
     "columns": (lambda y: _columns(y)[1] * F.gelu(_columns(y)[0]), {"activation": "gelu", "interleaved": True}),
     "alone": (lambda y: F.relu(y), {"activation": "relu", "gated": False}),
-    "a spelled silu": (lambda y: _halves(y)[0].sigmoid() * _halves(y)[0] * _halves(y)[1], {}),
+    "a spelled silu": (_spelled(lambda gate, up: gate.sigmoid() * gate * up), {}),
     "everything": (_scaled_sigmoid, {"interleaved": True, "alpha": 1.5, "limit": 7.0, "up_offset": 1.0}),
 }
 
@@ -163,11 +167,11 @@ def test_an_activation_is_read(name: str) -> None:
 
 
 def _two(change: Callable[..., Any], parts: Callable[..., Any] = _halves) -> Callable[..., torch.Tensor]:
-    def act(y: torch.Tensor) -> torch.Tensor:
-        gate, up = change(*parts(y))
+    def act(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        gate, up = change(gate, up)
         return F.silu(gate) * up
 
-    return act
+    return _spelled(act, parts)
 
 
 def _third_columns(y: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -175,10 +179,11 @@ def _third_columns(y: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 NO_ACTIVATIONS: dict[str, Callable[..., torch.Tensor]] = {
-    "another factor than sigmoid": lambda y: _halves(y)[0] * torch.tanh(_halves(y)[0]) * _halves(y)[1],
-    "a sigmoid of something else": lambda y: _halves(y)[0] * torch.sigmoid(_halves(y)[1]) * _halves(y)[1],
-    "a sigmoid times a number": lambda y: torch.sigmoid(_halves(y)[0]) * 2 * _halves(y)[1],
-    "no activation": lambda y: _halves(y)[0] * _halves(y)[1],
+    "another factor than sigmoid": _spelled(lambda gate, up: gate * torch.tanh(gate) * up),
+    "a sigmoid of something else": _spelled(lambda gate, up: gate * torch.sigmoid(up) * up),
+    "a sigmoid times a number": _spelled(lambda gate, up: torch.sigmoid(gate) * 2 * up),
+    "a sigmoid of a product of two": _spelled(lambda gate, up: gate * torch.sigmoid(gate * up) * up),
+    "no activation": _spelled(lambda gate, up: gate * up),
     "up twice more one": _two(lambda gate, up: (gate, torch.add(up, 1.0, alpha=2))),
     "a gate with a floor": _two(lambda gate, up: (gate.clamp(-1, 1), up.clamp(-1, 1))),
     "a gate with only a floor": _two(lambda gate, up: (gate.clamp(min=-1), up)),
@@ -245,66 +250,185 @@ def test_what_made_the_weights_is_read(weights: Callable[..., torch.Tensor], rou
 Values = dict[str, torch.Tensor]
 
 
+def _column(weights: torch.Tensor, order: Any, chosen: torch.Tensor) -> torch.Tensor:
+    return (weights.reshape(-1) if order is None else weights.reshape(-1)[order]).unsqueeze(-1)
+
+
 def block(
     *,
-    choose: Callable[..., Any] = lambda logits: logits.topk(K, -1),
+    choose: Callable[..., Any] = lambda v: v["logits"].topk(K, -1),
     sort: bool = False,
+    repeat: Callable[..., Any] = lambda x, k: x.repeat_interleave(k, 0),
     up: Callable[..., Any] = lambda y, v, experts: y,
     down: Callable[..., Any] = lambda y, v, experts: y,
-    factor: Callable[..., Any] = lambda w, v, experts: w.reshape(-1, 1),
-    finish: Callable[..., Any] = lambda y, w: y.view(T, K, H).sum(1),
-    shapes: dict[str, tuple[int, ...]] | None = None,
-    dtypes: dict[str, torch.dtype] | None = None,
-    symbolic: bool = False,
+    factor: Callable[..., Any] = _column,
+    finish: Callable[..., Any] = lambda y, k: y.view(-1, k, H).sum(1),
+    unknown: tuple[str, ...] = (),
+    **others: Any,
 ) -> Region:
-    """What is read of experts with gathered weights, in the order of pairs or sorted by expert."""
+    """What is read of experts with gathered weights, in the order of pairs or sorted by expert; ``others`` are
+    parameters in place of those that it has, and of the ``unknown`` ones the first size is a symbol."""
 
-    def fn(v: Values) -> torch.Tensor:
-        weights, chosen = choose(v["logits"])
-        experts, rows = chosen.reshape(-1), v["x"].repeat_interleave(chosen.shape[-1], 0)
+    def fn(v: Values) -> Any:
+        weights, chosen = choose(v)
+        k, order = chosen.shape[-1], None
+        experts, rows = chosen.reshape(-1), repeat(v["x"], k)
         if sort:
             experts, order = experts.sort()
             rows = rows[order]
         y = up(torch.bmm(rows.unsqueeze(1), v["gate_up"][experts]).squeeze(1), v, experts)
         y = F.silu(y)
-        y = down(torch.bmm(y.unsqueeze(1), v["down"][experts]).squeeze(1), v, experts)
-        y = y * factor(weights, v, experts)
-        return finish(y[order.argsort()] if sort else y, weights)
+        y = down(torch.bmm(y.unsqueeze(1), v["second"][experts]).squeeze(1), v, experts)
+        y = y * factor(weights, order, chosen)
+        return finish(y if order is None else y[order.argsort()], k)
 
-    sizes = {
-        "x": (T, H),
-        "logits": (T, E),
-        "gate_up": (E, H, N),
-        "down": (E, N, H),
-        "up_bias": (E, N),
-        "down_bias": (E, H),
-        **(shapes or {}),
-    }
-    values = {name: torch.randn(shape).to((dtypes or {}).get(name, torch.float32)) for name, shape in sizes.items()}
-    _, graph = trace(fn, values, symbolic=symbolic)  # type: ignore[arg-type]
+    sizes = {"x": (T, H), "logits": (T, E), "gate_up": (E, H, N), "second": (E, N, H), "up_bias": (E, N)}
+    values = {name: torch.randn(shape) for name, shape in {**sizes, "down_bias": (E, H)}.items()}
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    inputs = {}
+    for name, value in {**values, **others}.items():
+        sizes = [DimDynamic.DUCK if name in unknown and i == 0 else DimDynamic.STATIC for i in range(value.dim())]
+        inputs[name] = mode.from_tensor(value, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
+    with mode:
+        graph = make_fx(fn, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(inputs).graph
+    graph.eliminate_dead_code()
     (region,) = find_moes(graph, Aliases(graph), lambda node: "")
     return region
 
 
+def _expanded(x: torch.Tensor, k: int) -> torch.Tensor:
+    return x.unsqueeze(1).expand(-1, k, -1).reshape(-1, H)
+
+
 BLOCKS: dict[str, dict[str, Any]] = {
     "as it is": {},
-    "sorted, weights alike": {
-        "sort": True,
-        "factor": lambda w, v, e: w.reshape(-1)[_order(e)].unsqueeze(-1),
-    },
+    "sorted": {"sort": True},
+    "sorted weights of a column": {"sort": True, "factor": lambda w, order, c: w.reshape(-1, 1)[order]},
+    "expanded tokens": {"repeat": _expanded},
     "biases": {"up": lambda y, v, e: y + v["up_bias"][e], "down": lambda y, v, e: v["down_bias"][e] + y},
     "weights of each token's rows": {
         "down": lambda y, v, e: y.view(T, K, H),
-        "factor": lambda w, v, e: w.unsqueeze(-1),
-        "finish": lambda y, w: y.sum(1),
+        "factor": lambda w, order, c: w.unsqueeze(-1),
+        "finish": lambda y, k: y.sum(1),
     },
-    "tokens of one expert": {
-        "choose": lambda logits: logits.topk(1, -1),
-        "finish": lambda y, w: y.view(T, 1, H).sum(1),
-    },
-    "an unknown number of tokens": {"symbolic": True, "finish": lambda y, w: y.view(*w.shape, H).sum(1)},
+    "one expert a token": {"choose": lambda v: v["logits"].topk(1, -1)},
+    "all experts": {"choose": lambda v: v["logits"].topk(E, -1)},
+    "any number of tokens": {"unknown": ("x", "logits")},
 }
 
 
-def _order(sorted_experts: torch.Tensor) -> torch.Tensor:
-    raise NotImplementedError
+@pytest.mark.parametrize("name", list(BLOCKS))
+def test_a_block_is_read(name: str) -> None:
+    region = block(**BLOCKS[name])
+    assert not region.declined and (region.op.up_offset, region.op.experts) == (0.0, E)
+    assert (region.op.gate_up_bias is not None) == (name == "biases")
+
+
+def _weights(v: Values, count: int = K) -> torch.Tensor:
+    return v["logits"].topk(count, -1)[0]
+
+
+NO_BLOCKS: dict[str, tuple[dict[str, Any], str]] = {
+    "other experts in the second product": ({"second": torch.randn(E + 1, N, H)}, "different numbers of experts"),
+    "an unknown number of experts": ({"unknown": ("gate_up",)}, "different numbers of experts"),
+    "an unknown number of experts a token": (
+        {"choose": lambda v: v["logits"].topk(v["k"].shape[0], -1), "unknown": ("k",), "k": torch.zeros(K)},
+        "not a number",
+    ),
+    "experts that somebody chose": (
+        {"choose": lambda v: (_weights(v), v["chosen"]), "chosen": torch.zeros(T, K).long()},
+        "not the choice of a top-k",
+    ),
+    "the numbers of a top-k": (
+        {"choose": lambda v: (_weights(v), v["bids"].topk(K, -1)[0]), "bids": torch.zeros(T, E).long()},
+        "not the choice of a top-k",
+    ),
+    "where each greatest so far stands": (
+        {"choose": lambda v: (v["logits"], v["logits"].cummax(-1)[1])},
+        "not the choice of a top-k",
+    ),
+    "a top-k of other things": (
+        {"choose": lambda v: (_weights(v), v["bids"].topk(K, 0)[1].view(T, K)), "bids": torch.randn(E, T)},
+        "not the choice of a top-k",
+    ),
+    "numbers that count up": (
+        {"choose": lambda v: (_weights(v), torch.arange(P).view(T, K) % E)},
+        "not the choice of a top-k",
+    ),
+    "a product of rows and biases": ({"up": lambda y, v, e: y * v["up_bias"][e]}, "between the products"),
+    "a difference of rows and biases": ({"up": lambda y, v, e: y - v["up_bias"][e]}, "between the products"),
+    "two biases": (
+        {"up": lambda y, v, e: y + v["up_bias"][e] + v["more"][e], "more": torch.randn(E, N)},
+        "between the products",
+    ),
+    "twice the bias": ({"up": lambda y, v, e: torch.add(y, v["up_bias"][e], alpha=2)}, "between the products"),
+    "twice the rows": ({"up": lambda y, v, e: torch.add(v["up_bias"][e], y, alpha=2)}, "between the products"),
+    "twice the bias of the result": (
+        {"down": lambda y, v, e: torch.add(y, v["down_bias"][e], alpha=2)},
+        "not the bias",
+    ),
+    "biases of rows in a dimension of their own": (
+        {"up": lambda y, v, e: (y.unsqueeze(1) + v["up_bias"][e]).squeeze(1), "up_bias": torch.randn(E, 1, N)},
+        "between the products",
+    ),
+    "one bias for all columns": (
+        {"down": lambda y, v, e: y + v["down_bias"][e], "down_bias": torch.randn(E, 1)},
+        "not the bias",
+    ),
+    "a bias that widens rows": (
+        {"up": lambda y, v, e: y + v["up_bias"][e], "gate_up": torch.randn(E, H, 1)},
+        "between the products",
+    ),
+    "a bias that widens the result": (
+        {"down": lambda y, v, e: y + v["down_bias"][e], "second": torch.randn(E, N, 1)},
+        "not the bias",
+    ),
+    "a bias in another dtype": (
+        {"down": lambda y, v, e: y + v["down_bias"][e], "down_bias": torch.randn(E, H).bfloat16()},
+        "not the bias",
+    ),
+    "biases of the next expert": (
+        {"down": lambda y, v, e: y + v["down_bias"][e + 1], "down_bias": torch.randn(E + 1, H)},
+        "not the bias",
+    ),
+    "biases of more experts": (
+        {"down": lambda y, v, e: y + v["down_bias"][e], "down_bias": torch.randn(E + 1, H)},
+        "not the bias",
+    ),
+    "weights of columns": ({"factor": lambda w, order, c: w.reshape(1, -1)}, "the factor is not the weight"),
+    "weights of columns by slot": (
+        {
+            "choose": lambda v: v["logits"].topk(H, -1),
+            "logits": torch.randn(T, H),
+            "gate_up": torch.randn(H, H, N),
+            "second": torch.randn(H, N, H),
+            "down": lambda y, v, e: y.view(T, H, H),
+            "factor": lambda w, order, c: w.unsqueeze(1),
+            "finish": lambda y, k: y.sum(1),
+        },
+        "the factor is not the weight",
+    ),
+    "whole numbers as weights": (
+        {"choose": lambda v: (_weights(v).long(), v["logits"].topk(K, -1)[1])},
+        "the factor is not the weight",
+    ),
+    "sorted weights of rows that are not": (
+        {"factor": lambda w, order, c: _column(w, c.reshape(-1).sort()[1], c)},
+        "the factor is not the weight",
+    ),
+    "weights by another sort": (
+        {"sort": True, "factor": lambda w, order, c: _column(w, c.reshape(-1).sort()[1], c)},
+        "the factor is not the weight",
+    ),
+    "weights of rows as they were": (
+        {"sort": True, "factor": lambda w, order, c: _column(w, None, c)},
+        "the factor is not the weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(NO_BLOCKS))
+def test_what_is_no_block_says_why(name: str) -> None:
+    twist, reason = NO_BLOCKS[name]
+    region = block(**twist)
+    assert reason in region.declined and region.op is None
