@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.fx as fx
 
-from lz_compile.patterns.walk import arguments, aten, fake, same, same_shape, target
+from lz_compile.patterns.walk import arguments, aten, fake, same, same_shape, target, tensor
 
 _SPLITS = {aten.chunk.default, aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default}
 
@@ -15,11 +15,10 @@ _SPLITS = {aten.chunk.default, aten.split.Tensor, aten.split.sizes, aten.split_w
 def columns(node: fx.Node) -> tuple[fx.Node, Any, list[fx.Node]] | None:
     """``(whole, start, views)`` when ``node`` is columns of ``whole`` from ``start`` on, as many as it has; else None.
 
-    ``views`` are the nodes that lead from ``whole`` to ``node``, the latter included.  Of a symbolic width ``start``
-    may be negative, counted from the end.
+    ``views`` are the nodes that lead from ``whole`` to ``node``, the latter included.  ``start`` may be a node, and of
+    a symbolic width negative, counted from the end.
     """
-    part = fake(node)
-    if part is None or not part.dim():
+    if fake(node) is None:
         return None
     if node.target is operator.getitem:
         split, index = node.args
@@ -36,8 +35,8 @@ def columns(node: fx.Node) -> tuple[fx.Node, Any, list[fx.Node]] | None:
     else:
         return None
     whole = known["self"]
-    value = fake(whole)
-    if value is None or known["dim"] not in (-1, value.dim() - 1):
+    value = tensor(whole)
+    if known["dim"] not in (-1, value.dim() - 1):
         return None
     width = value.shape[-1]
     if isinstance(start, int) and isinstance(width, int) and start < 0:
@@ -48,20 +47,15 @@ def columns(node: fx.Node) -> tuple[fx.Node, Any, list[fx.Node]] | None:
 def half(node: fx.Node) -> tuple[fx.Node, int, list[fx.Node]] | None:
     """``(whole, 0 or 1, views)`` when ``node`` is the first or the second half of ``whole``; else None.
 
-    ``views`` as those of :func:`columns`.
+    ``views`` as those of :func:`columns`; other pieces of the same split are no concern of theirs.
     """
     found = columns(node)
     if found is None:
         return None
     whole, start, views = found
-    part, value = fake(node), fake(whole)
-    assert part is not None and value is not None
-    if len(views) == 2 and len(views[0].meta["val"]) != 2:
-        return None
+    part, value = tensor(node), tensor(whole)
     if not same_shape(value.shape, (*part.shape[:-1], 2 * part.shape[-1])):
         return None
     if same(start, 0):
         return whole, 0, views
-    if same(start, part.shape[-1]) or same(start, -part.shape[-1]):
-        return whole, 1, views
-    return None
+    return (whole, 1, views) if same(start, part.shape[-1]) else None

@@ -13,7 +13,7 @@ import torch.fx as fx
 
 from lz_compile.gradients import needs_gradient
 from lz_compile.insert import insert_call
-from lz_compile.patterns.walk import aten, fake, same, target
+from lz_compile.patterns.walk import aten, same, target, tensor
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,9 @@ def equation_of(node: fx.Node) -> Equation | None:
     """The equation of a product of two tensors; None when it has an ellipsis, a diagonal, or not two operands."""
     if target(node) is not aten.einsum.default or len(node.args[1]) != 2:  # type: ignore[arg-type]
         return None
-    inputs, arrow, result = str(node.args[0]).replace(" ", "").partition("->")
-    left, comma, right = inputs.partition(",")
-    if not arrow or not comma or not (left + right + result).isalpha():
-        return None
-    if any(len(set(letters)) != len(letters) for letters in (left, right, result)):
+    inputs, _, result = str(node.args[0]).replace(" ", "").partition("->")
+    left, _, right = inputs.partition(",")
+    if any(len(set(letters)) != len(letters) for letters in (left, right, result)):  # the dots of an ellipsis, too
         return None
     both = set(left) & set(right)
     if set(result) != (set(left) | set(right)) - (both - set(result)):
@@ -110,9 +108,7 @@ def _is_simple(node: fx.Node, found: Equation) -> bool:
     single = len(found.summed) == len(found.rows) == len(found.columns) == 1
     if needs_gradient(node) or len(found.batch) != 2 or not single:
         return False
-    left, right = (fake(operand) for operand in node.args[1])  # type: ignore[union-attr]
-    if left is None or right is None or left.dtype != right.dtype:
-        return False
+    left, right = (tensor(operand) for operand in node.args[1])  # type: ignore[union-attr]
     pairs = [(found.left.index(letter), found.right.index(letter)) for letter in found.batch + found.summed]
     return all(same(left.shape[a], right.shape[b]) for a, b in pairs)
 

@@ -16,11 +16,10 @@ from typing import Any
 import torch.fx as fx
 
 from lz_compile.aliasing import Aliases, written_arguments
-from lz_compile.gradients import needs_gradient
 from lz_compile.latent import Latent
 from lz_compile.patterns.columns import columns
 from lz_compile.patterns.heads import one_head
-from lz_compile.patterns.walk import RESHAPES, arguments, aten, fake, same, same_shape, target
+from lz_compile.patterns.walk import RESHAPES, arguments, aten, fake, same, same_shape, target, tensor
 from lz_compile.region import Attention, Region
 
 # Queries of a decode step, with drafted tokens.
@@ -49,7 +48,7 @@ def _latent(region: Region, aliases: Aliases) -> Latent | None:
     a = region.attention
     if a is None or region.declined or a.stacked is not None or a.sink is not None or a.softcap:
         return None
-    if needs_gradient(region.output) or not _keeps_its_mask(region, a, aliases):
+    if not _keeps_its_mask(region, a, aliases):
         return None
     joined = _joined(a.key, region.output, aliases)
     values = _range(a.value)
@@ -84,24 +83,23 @@ def _keeps_its_mask(region: Region, a: Attention, aliases: Aliases) -> bool:
     return mask.dtype == a.fake()[0].dtype and not aliases.is_written(a.mask_node)  # type: ignore[arg-type]
 
 
-def _expansion(node: fx.Node) -> tuple[fx.Node, int] | None:
+def _expansion(node: fx.Node) -> tuple[fx.Node, Any] | None:
     """The linear map behind ``linear(latents).view(B, N, H, C).transpose(1, 2)``, and C, the width of a head."""
     if target(node) is not aten.transpose.int or sorted(int(dim) % 4 for dim in node.args[1:3]) != [1, 2]:  # type: ignore[arg-type]
         return None
     view: Any = node.args[0]
-    value = fake(view)
-    if target(view) not in RESHAPES or value is None or value.dim() != 4:
+    if target(view) not in RESHAPES:
         return None
     linear: Any = view.args[0]
     if target(linear) is not aten.linear.default or arguments(linear)["bias"] is not None:
         return None
-    source, width = fake(arguments(linear)["input"]), value.shape[3]
-    if source is None or not isinstance(width, int) or not isinstance(value.shape[2], int):
+    source, value = tensor(arguments(linear)["input"]), tensor(view)
+    if source.dim() not in (3, 4):
         return None
-    if source.dim() not in (3, 4) or (source.dim() == 4 and not same(source.shape[1], 1)):
-        return None
+    width = value.shape[3]
     rows = same(value.shape[0], source.shape[0]) and same(value.shape[1], source.shape[-2])
-    whole = same(fake(linear).shape[-1], value.shape[2] * width)  # type: ignore[union-attr]
+    whole = same(tensor(linear).shape[-1], value.shape[2] * width)
+    # A view has its base's elements: of four dimensions the second has size one.
     return (linear, width) if rows and whole else None
 
 
@@ -111,7 +109,7 @@ def _range(node: fx.Node) -> tuple[fx.Node, int, int] | None:
     if found is None:
         return None
     whole, first, _ = found
-    count = fake(node).shape[-1]  # type: ignore[union-attr]
+    count = tensor(node).shape[-1]
     return (whole, first, count) if isinstance(first, int) and first >= 0 and isinstance(count, int) else None
 
 
@@ -120,9 +118,8 @@ def _joined(
 ) -> tuple[fx.Node, fx.Node, fx.Node, tuple[fx.Node, ...]] | None:
     """The two parts of a key's columns, the node that reads the second of them, and the writes that join them."""
     if target(key) is aten.cat.default:
-        known, value = arguments(key), fake(key)
-        parts = known["tensors"]
-        if value is None or known["dim"] not in (-1, value.dim() - 1) or len(parts) != 2 or aliases.is_written(key):
+        parts = arguments(key)["tensors"]
+        if len(parts) != 2 or aliases.is_written(key):
             return None
         return parts[0], parts[1], key, ()
     if target(key) not in _NEW:
@@ -141,12 +138,11 @@ def _joined(
         return None
     ordered = sorted(zip(places, writes), key=lambda pair: pair[0][1])  # type: ignore[index]
     (_, start, size), (_, middle, rest) = (place for place, _ in ordered)  # type: ignore[misc]
-    if start != 0 or middle != size or not same(size + rest, fake(key).shape[-1]):  # type: ignore[union-attr]
+    if start != 0 or middle != size or not same(size + rest, tensor(key).shape[-1]):
         return None
     first, second = (write for _, write in ordered)
     for write in (first, second):
-        into, source = fake(write.args[0]), fake(write.args[1])
-        if into is None or source is None or into.dtype != source.dtype or not same_shape(into.shape, source.shape):
+        if not same_shape(tensor(write.args[0]).shape, tensor(write.args[1]).shape):
             return None
     return first.args[1], second.args[1], second, tuple(writes)  # type: ignore[return-value]
 
@@ -158,18 +154,20 @@ def _fit(
     rotated: fx.Node,
     key_count: int,
     value_count: int,
-    width: int,
+    width: Any,
 ) -> bool:
-    """Whether the sizes are those of one batch of tokens and heads, in one dtype; ``width`` columns a head."""
+    """Whether the sizes are those of one batch of tokens and heads, in one dtype; ``width`` columns a head.
+
+    They tell a key whose parts stand side by side from one of parts in other rows, too.
+    """
     query, key, value = a.fake()
-    c, w, rope = fake(latents), fake(weight), fake(rotated)
-    if c is None or w is None or rope is None or not (query.dtype == c.dtype == w.dtype == rope.dtype == key.dtype):
-        return False
+    c, w, rope = tensor(latents), tensor(weight), tensor(rotated)
     heads = query.shape[1]
     tokens = same(c.shape[0], key.shape[0]) and same(c.shape[-2], key.shape[2])
-    sizes = [size for size in (heads, query.shape[2], rope.shape[3], c.shape[-1]) if not isinstance(size, int)]
+    sizes = (heads, query.shape[2], rope.shape[3], c.shape[-1], width)
     return (
-        not sizes
+        query.dtype == c.dtype == w.dtype == rope.dtype
+        and all(isinstance(size, int) for size in sizes)
         and tokens
         and same(key.shape[1], heads)
         and same(value.shape[1], heads)
@@ -186,7 +184,7 @@ def _pays(a: Attention, value_size: int) -> bool:
     Expanded, a key costs ``R`` products for each column of each head, once; as latents about ``2 R`` a query.
     """
     queries, keys = a.queries, a.keys
-    if not isinstance(queries, int) or queries > _FEW or 4 * queries > a.fake()[1].shape[3] + value_size:
+    if queries > _FEW or 4 * queries > a.fake()[1].shape[3] + value_size:
         return False
     return not isinstance(keys, int) or keys >= 2 * queries
 

@@ -22,7 +22,7 @@ from lz_compile.patterns.router import router_of
 from lz_compile.region import Region
 
 aten = torch.ops.aten
-T, K, E, H, N = 8, 4, 5, 32, 6  # as many pairs as columns: shapes alone do not tell them apart
+T, K, E, H, N = 8, 4, 5, 32, 16  # as many pairs as columns: shapes alone do not tell them apart
 P = T * K
 
 
@@ -66,7 +66,7 @@ def test_a_grouped_product_is_read_with_its_layout(weight: Callable[..., Any], l
 
 
 def _grouped_node(**options: Any) -> fx.Node:
-    node, graph = trace(_grouped(lambda w: w), _bf16(16, 16), _bf16(2, 16, 16), torch.full((2,), 16).int())
+    node, _ = trace(_grouped(lambda w: w), _bf16(16, 16), _bf16(2, 16, 16), torch.full((2,), 16).int())
     node.kwargs = {**node.kwargs, **options}
     return node
 
@@ -224,8 +224,8 @@ def test_a_limit_that_is_known_at_run_time_only_is_no_limit() -> None:
 
 
 def test_columns_of_a_number_that_is_not_known_are_no_pairs() -> None:
-    act, graph = _act(lambda y: F.silu(y[:, ::2]) * y[:, 1::2].view(y.shape[0], -1), symbolic=True)
-    assert act is None
+    act, graph = _act(lambda y: F.silu(y[:, ::2]) * y[:, 1::2], symbolic=True)
+    assert act is None and not isinstance(graph.find_nodes(op="placeholder")[0].meta["val"].shape[1], int)
 
 
 # -- the router
@@ -248,6 +248,14 @@ def test_what_made_the_weights_is_read(weights: Callable[..., torch.Tensor], rou
 # -- blocks
 
 Values = dict[str, torch.Tensor]
+SIZES = {
+    "x": (T, H),
+    "logits": (T, E),
+    "gate_up": (E, H, N),
+    "second": (E, N, H),
+    "up_bias": (E, N),
+    "down_bias": (E, H),
+}
 
 
 def _column(weights: torch.Tensor, order: Any, chosen: torch.Tensor) -> torch.Tensor:
@@ -259,6 +267,7 @@ def block(
     choose: Callable[..., Any] = lambda v: v["logits"].topk(K, -1),
     sort: bool = False,
     repeat: Callable[..., Any] = lambda x, k: x.repeat_interleave(k, 0),
+    first: Callable[..., Any] = lambda rows, w, experts: torch.bmm(rows.unsqueeze(1), w[experts]).squeeze(1),
     up: Callable[..., Any] = lambda y, v, experts: y,
     down: Callable[..., Any] = lambda y, v, experts: y,
     factor: Callable[..., Any] = _column,
@@ -276,14 +285,13 @@ def block(
         if sort:
             experts, order = experts.sort()
             rows = rows[order]
-        y = up(torch.bmm(rows.unsqueeze(1), v["gate_up"][experts]).squeeze(1), v, experts)
+        y = up(first(rows, v["gate_up"], experts), v, experts)
         y = F.silu(y)
         y = down(torch.bmm(y.unsqueeze(1), v["second"][experts]).squeeze(1), v, experts)
         y = y * factor(weights, order, chosen)
         return finish(y if order is None else y[order.argsort()], k)
 
-    sizes = {"x": (T, H), "logits": (T, E), "gate_up": (E, H, N), "second": (E, N, H), "up_bias": (E, N)}
-    values = {name: torch.randn(shape) for name, shape in {**sizes, "down_bias": (E, H)}.items()}
+    values = {name: torch.randn(shape) for name, shape in SIZES.items()}
     mode = FakeTensorMode(shape_env=ShapeEnv())
     inputs = {}
     for name, value in {**values, **others}.items():
@@ -314,6 +322,13 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "one expert a token": {"choose": lambda v: v["logits"].topk(1, -1)},
     "all experts": {"choose": lambda v: v["logits"].topk(E, -1)},
     "any number of tokens": {"unknown": ("x", "logits")},
+    "added up by token": {
+        "finish": lambda y, k: torch.zeros(T, H).index_add(0, torch.arange(T).repeat_interleave(k), y),
+    },
+    "cast to the tokens' dtype": {
+        **{name: torch.zeros(shape).bfloat16() for name, shape in SIZES.items() if name != "logits"},
+        "finish": lambda y, k: y.view(-1, k, H).sum(1).bfloat16(),
+    },
 }
 
 
@@ -322,6 +337,12 @@ def test_a_block_is_read(name: str) -> None:
     region = block(**BLOCKS[name])
     assert not region.declined and (region.op.up_offset, region.op.experts) == (0.0, E)
     assert (region.op.gate_up_bias is not None) == (name == "biases")
+    assert (region.output.target is aten.to.dtype) == name.startswith("cast")
+
+
+def _sorted_product(rows: torch.Tensor, weight: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+    ends = torch.histc(experts.float(), E, 0, E - 1).cumsum(0, dtype=torch.int32)
+    return torch._grouped_mm(rows.bfloat16(), weight.bfloat16(), offs=ends).float()
 
 
 def _weights(v: Values, count: int = K) -> torch.Tensor:
@@ -330,7 +351,8 @@ def _weights(v: Values, count: int = K) -> torch.Tensor:
 
 NO_BLOCKS: dict[str, tuple[dict[str, Any], str]] = {
     "other experts in the second product": ({"second": torch.randn(E + 1, N, H)}, "different numbers of experts"),
-    "an unknown number of experts": ({"unknown": ("gate_up",)}, "different numbers of experts"),
+    "an unknown number of experts": ({"unknown": ("gate_up", "second")}, "different numbers of experts"),
+    "a sorted and a gathered product": ({"sort": True, "first": _sorted_product}, "made in different ways"),
     "an unknown number of experts a token": (
         {"choose": lambda v: v["logits"].topk(v["k"].shape[0], -1), "unknown": ("k",), "k": torch.zeros(K)},
         "not a number",
@@ -408,6 +430,7 @@ NO_BLOCKS: dict[str, tuple[dict[str, Any], str]] = {
         },
         "the factor is not the weight",
     ),
+    "a number as weight": ({"factor": lambda w, order, c: 0.5}, "the factor is not the weight"),
     "whole numbers as weights": (
         {"choose": lambda v: (_weights(v).long(), v["logits"].topk(K, -1)[1])},
         "the factor is not the weight",

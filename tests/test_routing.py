@@ -110,7 +110,11 @@ READ: dict[str, tuple[Vector, str, str]] = {
     "experts selected by the order": (lambda c, t: c.reshape(-1).index_select(0, _order(c)), "expert", "sorted"),
     "all pairs": (lambda c, t: torch.arange(P), "pair", ""),
     "tokens by division": (lambda c, t: torch.arange(P) // K, "token", ""),
-    "tokens by division of another kind": (lambda c, t: torch.div(_order(c), K, rounding_mode="trunc"), "token", "sorted"),
+    "tokens by division of another kind": (
+        lambda c, t: torch.div(_order(c), K, rounding_mode="trunc"),
+        "token",
+        "sorted",
+    ),
     "tokens, each repeated": (lambda c, t: torch.arange(T).repeat_interleave(K), "token", ""),
     "tokens, each repeated along a dimension": (lambda c, t: torch.arange(T).repeat_interleave(K, 0), "token", ""),
     "tokens, expanded": (lambda c, t: torch.arange(T).unsqueeze(1).expand(T, K).reshape(-1), "token", ""),
