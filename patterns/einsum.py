@@ -95,7 +95,7 @@ def spell_weights(node: fx.Node, fake_mode: Any) -> bool:
         return False
     weights, values = node.args[1]  # type: ignore[misc]
     batch = found.left[:2]
-    if found.left != batch + found.rows + found.summed or {*batch} != {*found.batch}:
+    if found.left != batch + found.rows + found.summed:
         return False
     second = _permuted(node, fake_mode, values, found.right, batch + found.summed + found.columns)
     product = insert_call(fake_mode, node, aten.matmul.default, weights, second)

@@ -137,8 +137,8 @@ def _joined(
     if any(place is None or place[0] is not key for place in places):
         return None
     ordered = sorted(zip(places, writes), key=lambda pair: pair[0][1])  # type: ignore[index]
-    (_, start, size), (_, middle, rest) = (place for place, _ in ordered)  # type: ignore[misc]
-    if start != 0 or middle != size or not same(size + rest, tensor(key).shape[-1]):
+    (_, start, size), (_, middle, _) = (place for place, _ in ordered)  # type: ignore[misc]
+    if start != 0 or middle != size:
         return None
     first, second = (write for _, write in ordered)
     for write in (first, second):

@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from lz_compile.compat import fake_mode_of
 from lz_compile.gradients import META
-from lz_compile.patterns.einsum import equation_of, is_plain, spell_scores, spell_weights
+from lz_compile.patterns.einsum import equation_of, is_matrix_of_scores, is_plain, spell_scores, spell_weights
 
 SIZES = dict(zip("bhmndk", (2, 3, 4, 5, 6, 7)))
 
@@ -54,6 +54,14 @@ def test_other_products_have_no_equation(name: str) -> None:
 )
 def test_batch_and_heads_in_front_are_plain(equation: str, plain: bool) -> None:
     assert is_plain(product(equation)[0]) == plain
+
+
+@pytest.mark.parametrize(
+    ("equation", "scores"),
+    [("bhmd,bhnd->bhmn", True), ("bmhd,bnhd->bhnm", True), ("bhmd,bhnd->mnbh", False), ("mh,nh,hd->dmn", False)],
+)
+def test_scores_end_with_queries_and_keys_of_two_operands(equation: str, scores: bool) -> None:
+    assert is_matrix_of_scores(product(equation)[0]) == scores
 
 
 def test_what_is_no_einsum_is_plain() -> None:

@@ -224,7 +224,7 @@ def test_a_limit_that_is_known_at_run_time_only_is_no_limit() -> None:
 
 
 def test_columns_of_a_number_that_is_not_known_are_no_pairs() -> None:
-    act, graph = _act(lambda y: F.silu(y[:, ::2]) * y[:, 1::2], symbolic=True)
+    act, graph = _act(lambda y: F.silu(y[..., ::2]) * y[..., 1::2], symbolic=True)
     assert act is None and not isinstance(graph.find_nodes(op="placeholder")[0].meta["val"].shape[1], int)
 
 
@@ -313,6 +313,8 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "sorted": {"sort": True},
     "sorted weights of a column": {"sort": True, "factor": lambda w, order, c: w.reshape(-1, 1)[order]},
     "expanded tokens": {"repeat": _expanded},
+    "numbered tokens": {"repeat": lambda x, k: x[torch.arange(T * k) // k]},
+    "numbered tokens, sorted": {"sort": True, "repeat": lambda x, k: x[torch.arange(T * k) // k]},
     "biases": {"up": lambda y, v, e: y + v["up_bias"][e], "down": lambda y, v, e: v["down_bias"][e] + y},
     "weights of each token's rows": {
         "down": lambda y, v, e: y.view(T, K, H),

@@ -164,7 +164,7 @@ def _three_copies(plain: torch.Tensor, v: Values) -> torch.Tensor:
 
 def _a_copy_of_all(plain: torch.Tensor, v: Values) -> torch.Tensor:
     key = plain.new_zeros(BATCH, HEADS, KEYS, D)
-    key.copy_(torch.cat([plain, _shared(v)], -1))
+    key.view_as(key).copy_(torch.cat([plain, _shared(v)], -1))
     key[..., :PLAIN].copy_(plain)
     return key
 
@@ -198,6 +198,11 @@ def _masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 def _written_transposed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     turned = k.transpose(2, 3)
     return (q @ turned.mul_(0.3)).softmax(-1) @ v
+
+
+def _of_one_head(kv: torch.Tensor, v: Values) -> torch.Tensor:
+    v["rotated"], v["query"] = v["rotated"].squeeze(1), v["query"][:, 0]
+    return kv.view(BATCH, HEADS * WIDTH, KEYS).transpose(1, 2)
 
 
 def _stacked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -267,6 +272,12 @@ NOT_READ: dict[str, dict[str, Any]] = {
     "a mask by a finite number": {"attend": _masked},
     "a key that is written transposed": {"attend": _written_transposed},
     "heads and batch in one dimension": {"attend": _stacked},
+    "attention of one head": {
+        "latents": torch.randn(BATCH, KEYS, RANK).double(),
+        "heads": _of_one_head,
+        "cut": lambda kv: (kv[..., :PLAIN], kv[..., PLAIN:]),
+        "join": lambda plain, v: torch.cat([plain, v["rotated"]], -1),
+    },
     "many queries of large heads": {
         "queries": 17,
         "latents": torch.randn(BATCH, 1, 40, RANK).double(),
