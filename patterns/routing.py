@@ -96,9 +96,9 @@ class Routing:
         self.pairs = self.tokens * self.top_k
 
     def rows(self, node: Any) -> Rows | None:
-        """What a vector ``[T * K]`` holds, None where that is not known."""
+        """What an integer vector ``[T * K]`` holds, None where that is not known."""
         value = fake(node)
-        if value is None or value.dim() != 1 or not same(value.shape[0], self.pairs):
+        if value is None or value.dtype not in _INTEGERS or value.dim() != 1 or not same(value.shape[0], self.pairs):
             return None
         base = self._base(node)
         kind = target(base)

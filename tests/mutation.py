@@ -53,6 +53,7 @@ TRACED = [
     "tests/test_graph_fuzz.py",
     "tests/test_latent.py",
     "tests/test_moe.py",
+    "tests/test_routing.py",
     "tests/test_gpu.py",
 ]
 
