@@ -140,7 +140,8 @@ def _transform(normal: fx.GraphModule, report: GraphReport, inductor: dict[str, 
     terms = Terms(config.measure, config.measure_budget, graphs, inductor, Emitter, laid_out)
     market = Market(running, {provider.name: provider for provider in providers()}, as_it_stood)
     packed: list[RegionReport] = []
-    if packing is not None and config.pack_weights and "projections" in config.kinds:
+    packs_here = config.pack_weights and _device_types(normal.graph) & set(config.pack_devices)
+    if packing is not None and packs_here and "projections" in config.kinds:
         with report.step("pack weights") as receipt:
             packed, receipt.note = _pack_weights(normal.graph, market, terms, report.mode, packing)
     report.regions = packed

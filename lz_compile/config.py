@@ -39,6 +39,9 @@ absorb_latents: bool = True
 # views of one storage.
 pack_weights: bool = True
 
+# On which device types.  On a CPU one product is no faster than several, and finding that out takes compiling.
+pack_devices: list[str] = ["cuda"]
+
 # Let a top-p filter on CUDA keep one token more or less than eager's where only the rounding of its sums decides.
 # Needed for a fast one inside CUDA graphs: without it such rows are found and run as in eager, which asks the device.
 rounded_filters: bool = False

@@ -246,6 +246,8 @@ SPELLINGS: dict[str, dict[str, Callable[..., Any]]] = {
     "tokens of all pairs, then sorted": {"gather": lambda x, order: x[_every_token()][order]},
     "numbers of tokens, sorted": {"gather": lambda x, order: x[_every_token()[order]]},
     "repeated tokens, then sorted": {"gather": lambda x, order: x.repeat_interleave(K, 0)[order]},
+    "tokens selected by number": {"gather": lambda x, order: x.index_select(0, order // K)},
+    "divided and rounded down": {"gather": lambda x, order: x[torch.div(order, K, rounding_mode="floor")]},
     "a written inverse": {"back": _written_inverse},
     "added up by token": {"back": lambda y, order: _nothing(y).index_add_(0, order // K, y)},
     "experts of other devices": {
@@ -321,6 +323,50 @@ def _one_sided(y: torch.Tensor) -> torch.Tensor:
     return F.silu(gate.clamp(max=1.0)) * up.clamp(max=1.0)
 
 
+def _interleaved_up_first(y: torch.Tensor) -> torch.Tensor:
+    return F.silu(y[:, 1::2]) * y[:, ::2]
+
+
+def _every_second_twice(y: torch.Tensor) -> torch.Tensor:
+    return F.silu(y[:, ::2]) * y[:, ::2]
+
+
+def _scaled_offset(y: torch.Tensor) -> torch.Tensor:
+    gate, up = y.chunk(2, -1)
+    return F.silu(gate) * torch.add(up, 1.0, alpha=2.0)
+
+
+def _two_sided(y: torch.Tensor) -> torch.Tensor:
+    gate, up = y.chunk(2, -1)
+    return F.silu(gate.clamp(-1.0, 1.0)) * up.clamp(-1.0, 1.0)
+
+
+def _up_to_less(y: torch.Tensor) -> torch.Tensor:
+    gate, up = y.chunk(2, -1)
+    return F.silu(gate.clamp(max=1.0)) * up.clamp(-2.0, 2.0)
+
+
+def _into_another_order(y: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(T * K - 1, -1, -1)
+    return y[inverse].view(T, K, H).sum(1)
+
+
+def _added_onto_ones(y: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    inverse = torch.ones_like(order).index_put((order,), torch.arange(T * K), accumulate=True) % (T * K)
+    return y[inverse].view(T, K, H).sum(1)
+
+
+def _added_onto_zeros(y: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    inverse = torch.zeros_like(order).index_put((order,), torch.arange(T * K), accumulate=True)
+    return y[inverse].view(T, K, H).sum(1)
+
+
+def _values_as_numbers(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    values = scores.topk(K, -1)[0]
+    return values, values.long()
+
+
 def _read_after_a_write(y: torch.Tensor) -> torch.Tensor:
     gate, up = y.chunk(2, -1)
     return gate.mul_(torch.sigmoid(gate)) * up
@@ -363,6 +409,28 @@ NEAR_MISSES: dict[str, tuple[dict[str, Any], str]] = {
     "bias of other rows": ({"bias_of": lambda bias, experts, chosen: bias[chosen]}, "not the bias"),
     "twice the bias": ({"bias_of": lambda bias, experts, chosen: bias[experts] * 2}, "not the bias"),
     "another activation": ({"act": lambda y: torch.tanh(y[:, :N]) * y[:, N:]}, "the activation is not known"),
+    "interleaved, up comes first": ({"act": _interleaved_up_first}, "the activation is not known"),
+    "every second column twice": ({"act": _every_second_twice}, "the activation is not known"),
+    "an offset that is scaled": ({"act": _scaled_offset}, "the activation is not known"),
+    "a gate clamped on both sides": ({"act": _two_sided}, "the activation is not known"),
+    "up clamped at another limit": ({"act": _up_to_less}, "the activation is not known"),
+    "an inverse of other places": ({"back": _into_another_order}, "do not go back"),
+    "an inverse added onto numbers": ({"back": _added_onto_ones}, "do not go back"),
+    "an inverse added onto zeros": ({"back": _added_onto_zeros}, "do not go back"),
+    "shares counted by comparison": (
+        {"ends": lambda e, logits: (e[:, None] == torch.arange(E)).sum(0).cumsum(0, dtype=torch.int32)},
+        "not counted",
+    ),
+    "shares and nothing more": ({"ends": lambda experts, logits: _counts(experts) + 0}, "not counted"),
+    "the weights taken for numbers": ({"choose": _values_as_numbers}, "not the choice of a top-k"),
+    "sorted instead of chosen": (
+        {"choose": lambda scores: scores[:, :K].sort(-1, descending=True)},
+        "not the choice of a top-k",
+    ),
+    "a slice of all, sorted": (
+        {"choose": lambda scores: [part[:, :K] for part in scores.sort(-1, descending=True)]},
+        "not the choice of a top-k",
+    ),
     "up comes first": ({"act": _swapped}, "the activation is not known"),
     "halves of other rows": ({"act": _other_rows}, "not parts of a row"),
     "clamped on one side": ({"act": _one_sided}, "the activation is not known"),
@@ -404,6 +472,25 @@ def test_gathered_weights_of_other_experts_are_no_block() -> None:
 
     backend, _, _ = watch(fn, *inputs(torch.float32)[:4])
     assert [region.declined.partition(":")[0] for region in backend.regions] == ["a row does not meet its expert"]
+
+
+@pytest.mark.parametrize("experts", [E, E + 1])
+def test_products_that_differ_in_kind_or_in_experts_are_no_block(experts: int) -> None:
+    def fn(x: torch.Tensor, logits: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        weights, chosen = logits.topk(K, -1)
+        numbers, order = chosen.reshape(-1).sort()
+        if experts == E:
+            y = torch._grouped_mm(x[order // K], gate_up.transpose(-2, -1), offs=_counts(numbers))
+        else:
+            y = torch.bmm(gate_up[numbers], x[order // K].unsqueeze(-1)).squeeze(-1)
+        y = torch.bmm(down[numbers], _gated(y).unsqueeze(-1)).squeeze(-1)
+        return (y * weights.reshape(-1)[order].unsqueeze(-1))[order.argsort()].view(T, K, H).sum(1)
+
+    x, logits, gate_up, _, _ = inputs()
+    backend, got, expected = watch(fn, x, logits, gate_up, torch.randn(experts, H, N).bfloat16())
+    torch.testing.assert_close(got, expected, atol=0, rtol=0)
+    reason = "made in different ways" if experts == E else "different numbers of experts"
+    assert backend.replaced == 0 and [reason in region.declined for region in backend.regions] == [True]
 
 
 def test_a_block_in_training_is_left_to_autograd() -> None:

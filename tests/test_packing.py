@@ -29,6 +29,12 @@ from tiny import DECODERS, WHISPER, Architecture, tokens
 aten = torch.ops.aten
 
 
+@pytest.fixture(autouse=True)
+def on_a_cpu_too() -> Iterator[None]:
+    with config.patch(pack_devices=["cpu", "cuda"]):
+        yield
+
+
 class PackedRoad:
     """A Dynamo backend that does all that "layerzero" does but Inductor."""
 

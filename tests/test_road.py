@@ -144,7 +144,6 @@ def test_explain_reports_and_does_not_compile_a_second_time() -> None:
     assert [region.module for region in sites] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
     assert {region.kernel for region in sites} == {"aten.sdpa"}
     assert {region.mask for region in sites} == {"causal"}
-    assert {region.kernel for region in report.regions if region.kind == "projections"} == {"aten.packed"}
     assert "model.layers.0-1.self_attn (2 sites)" in str(report)
     assert json.loads(report.to_json())["graphs"][0]["regions"][0]["kernel"] == "aten.sdpa"
     assert all(receipt.seconds > 0 for receipt in report.graphs[0].receipts)
@@ -224,7 +223,7 @@ def test_dynamic_shapes_agree_with_eager_without_a_compile_per_length() -> None:
             )
     graphs = [graph for report in lz_compile.reports()[before:] for graph in report.graphs]
     assert len(graphs) == 1
-    assert {region.kernel for region in graphs[0].regions} == {"aten.sdpa", "aten.packed"}
+    assert {region.kernel for region in graphs[0].regions} == {"aten.sdpa"}
 
 
 def test_automatic_dynamic_shapes_agree_with_eager() -> None:

@@ -55,6 +55,7 @@ def test_weak_keys_whose_values_hold_them_are_detected(monkeypatch: pytest.Monke
     assert marks[-1].graphs > marks[0].graphs
 
 
+@pytest.mark.slow
 def test_instances_of_ours_that_something_else_keeps_are_detected() -> None:
     kept: list[Any] = []  # not a container of ours: only the instances show
     good, line, _ = soak.soak(**_MODELS, after_each=lambda: kept.append(lz_compile.policy.Policy()))
@@ -63,6 +64,7 @@ def test_instances_of_ours_that_something_else_keeps_are_detected() -> None:
     kept.clear()
 
 
+@pytest.mark.slow
 def test_entries_that_hold_no_graph_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     names: set[str] = set()
     monkeypatch.setattr(lz_compile.policy, "_planted", names, raising=False)
@@ -71,6 +73,7 @@ def test_entries_that_hold_no_graph_are_detected(monkeypatch: pytest.MonkeyPatch
     assert "more entries in lz_compile.policy._planted" in line
 
 
+@pytest.mark.slow
 def test_a_model_that_is_kept_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[Any] = []
     build = soak.draw
@@ -85,6 +88,7 @@ def test_a_model_that_is_kept_is_detected(monkeypatch: pytest.MonkeyPatch) -> No
     assert "dropped models are alive" in line
 
 
+@pytest.mark.slow
 def test_a_wrong_answer_is_no_flat_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     build = soak.draw
 

@@ -276,6 +276,7 @@ def model(name: str, dtype: torch.dtype) -> Any:
     return result.to(DEVICE)
 
 
+@pytest.mark.slow
 @needs_wrapped_interpreter
 def test_it_qualifies_and_runs_in_a_model() -> None:
     """Under another name and without the question for a GPU, where there is none."""
