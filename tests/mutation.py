@@ -58,6 +58,10 @@ TRACED = [
     "tests/test_moe.py",
     "tests/test_routing.py",
     "tests/test_expert_parts.py",
+    "tests/test_packing.py",
+    "tests/test_sampling.py",
+    "tests/test_needed_rows.py",
+    "tests/test_road.py",
     "tests/test_gpu.py",
 ]
 
@@ -227,22 +231,23 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def trace(arguments: argparse.Namespace) -> None:
-    """Runs every test file in a process of its own, ``--jobs`` at a time."""
+    """Runs the tests in ``--jobs`` processes, each with its share of every file."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     tree = stage(FOLDER)
     files = [name for name in arguments.tests_of or TRACED if (ROOT / name.partition("::")[0]).exists()]
-    parts = [FOLDER / f"trace{i}.json" for i in range(len(files))]
+    parts = [FOLDER / f"trace{i}.json" for i in range(arguments.jobs)]
     plugin = ["-p", "mutation", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not gpu and not slow"]
     env = environment(FOLDER) | {"LZ_MUTATION_TRACE": str(tree / "lz_compile" / "patterns")}
     env["PYTHONPATH"] += os.pathsep + str(ROOT / "tests")
 
-    def one(name: str, part: Path) -> int:
-        command = [sys.executable, "-m", "pytest", "-q", *plugin, name]
-        own = env | {"LZ_MUTATION_PART": str(part), "LZ_COMPILE_CACHE_DIR": str(part.with_suffix(""))}
+    def one(share: int) -> int:
+        command = [sys.executable, "-m", "pytest", "-q", *plugin, *files]
+        own = env | {"LZ_MUTATION_PART": str(parts[share]), "LZ_MUTATION_SHARE": f"{share}/{arguments.jobs}"}
+        own["LZ_COMPILE_CACHE_DIR"] = str(parts[share].with_suffix(""))
         return subprocess.run(command, cwd=ROOT, env=own).returncode
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        codes = list(pool.map(one, files, parts))
+        codes = list(pool.map(one, range(arguments.jobs)))
     traced: dict[str, Any] = {"seconds": {}, "lines": {}}
     if arguments.tests_of and TRACE.exists():
         old = json.loads(TRACE.read_text())
@@ -269,6 +274,10 @@ if "LZ_MUTATION_TRACE" in os.environ:  # as a plugin of pytest
 
     def pytest_configure() -> None:
         _coverage.start()
+
+    def pytest_collection_modifyitems(items: list[Any]) -> None:
+        share, shares = map(int, os.environ["LZ_MUTATION_SHARE"].split("/"))
+        items[:] = items[share::shares]
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(item: Any) -> Any:
