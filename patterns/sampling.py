@@ -25,7 +25,6 @@ from lz_compile.region import Region
 from lz_compile.sampling import Filter, Sampling
 
 _TO_THE_END = 1 << 62
-_LAST = {aten.masked_fill.Scalar, aten.div.Tensor, aten.slice.Tensor}
 # One of these is in every filter but temperature: a graph without them holds no chain.
 _TELLING = {aten.topk.default, aten.sort.default, aten.scatter.src, aten.multinomial.default}
 
@@ -122,7 +121,7 @@ def find_samplings(graph: fx.Graph, aliases: Aliases, module_of: Callable[[fx.No
         if output in taken:
             continue
         chain = _chain(steps, output, taken)
-        taken.update(step.output for step in chain)
+        taken.update(*(step.nodes for step in chain))
         if any(step.filter.kind != "temperature" for step in chain) or _is_drawn_from(output):
             regions.append(_region(chain, aliases, module_of))
     return regions[::-1]
@@ -160,11 +159,11 @@ def _region(chain: list[_Step], aliases: Aliases, module_of: Callable[[fx.Node],
 def _read(node: fx.Node, aliases: Aliases) -> _Step | None:
     """The filter that ends in ``node``."""
     value = fake(node)
-    if node.op != "call_function" or node.target not in _LAST or value is None or value.dim() != 2:
+    if node.op != "call_function" or node.target not in _READERS or value is None or value.dim() != 2:
         return None
     if not value.is_floating_point():
         return None
-    for read in _READERS.get(node.target, ()):
+    for read in _READERS[node.target]:
         reader = _Reader(aliases)
         try:
             scores, found = read(reader, node)
@@ -369,6 +368,16 @@ def _distance(r: _Reader, node: fx.Node, scores: fx.Node) -> None:
 
 
 def _repetition_penalty(r: _Reader, node: fx.Node) -> tuple[fx.Node, Filter]:
+    """``scores.scatter(1, ids, penalised)``, where all ids must be tokens of the scores."""
+    known = r.take(node, aten.scatter.src)
+    value, index = fake(known["self"]), fake(known["index"])
+    if value is None or value.dim() != 2 or index is None or index.dim() != 2:
+        raise _Other
+    return known["self"], Filter("repetition_penalty", _penalty(r, node), ids=known["index"])
+
+
+def _padded_repetition_penalty(r: _Reader, node: fx.Node) -> tuple[fx.Node, Filter]:
+    """The same of scores with one column more, which takes what ids beyond the scores write and is cut off."""
     known = r.take(node, aten.slice.Tensor)
     written = r.take(known["self"], aten.scatter.src)
     padded = r.take(written["self"], aten.pad.default)
@@ -378,13 +387,19 @@ def _repetition_penalty(r: _Reader, node: fx.Node) -> tuple[fx.Node, Filter]:
         raise _Other
     size = value.shape[-1]
     r.last(node, known["dim"])
-    r.last(node, written["dim"])
     if (known["start"] or 0) != 0 or known["step"] != 1 or not same(known["end"], size):
         raise _Other
     limited = r.take(written["index"], aten.clamp.default)
     ids = limited["self"]
     if limited["min"] is not None or not same(limited["max"], size) or fake(ids).dim() != 2:  # type: ignore[union-attr]
         raise _Other
+    return scores, Filter("repetition_penalty", _penalty(r, known["self"]), ids=ids)
+
+
+def _penalty(r: _Reader, node: fx.Node) -> Any:
+    """What the scores of the tokens that a scatter writes are multiplied with where negative, else divided by."""
+    written = r.take(node, aten.scatter.src)
+    r.last(node, written["dim"])
     chosen = r.take(written["src"], aten.where.self)
     negative = r.take(chosen["condition"], aten.lt.Scalar)
     seen = negative["self"]
@@ -398,11 +413,12 @@ def _repetition_penalty(r: _Reader, node: fx.Node) -> tuple[fx.Node, Filter]:
     penalty, same_penalty = r.number(times["other"]), r.number(over["other"])
     if penalty is not same_penalty and penalty != same_penalty:
         raise _Other
-    return scores, Filter("repetition_penalty", penalty, ids=ids)
+    return penalty
 
 
 _READERS: dict[Any, tuple[Callable[[_Reader, fx.Node], tuple[fx.Node, Filter]], ...]] = {
     aten.masked_fill.Scalar: (_top_k, _top_p, _min_p, _epsilon, _typical),
     aten.div.Tensor: (_temperature,),
-    aten.slice.Tensor: (_repetition_penalty,),
+    aten.scatter.src: (_repetition_penalty,),
+    aten.slice.Tensor: (_padded_repetition_penalty,),
 }

@@ -222,7 +222,7 @@ def stage(folder: Path) -> Path:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    path = os.pathsep.join([str(folder / "tree"), str(ROOT)])
+    path = os.pathsep.join([str(folder / "tree"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     quiet = {"PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     return {**os.environ, **quiet, "PYTHONPATH": path, "LZ_COMPILE_CACHE_DIR": str(folder / "cache")}
 

@@ -305,7 +305,7 @@ def test_a_kernel_that_fails_to_emit_leaves_a_correct_model_and_one_warning(
         torch.testing.assert_close(torch.compile(block, backend="layerzero")(x), block(x))
     region = next(r for r in lz_compile.reports()[-1].regions if r.kind == "attention")
     assert region.kernel == "inductor" and "no such luck" in region.reason
-    assert len(caplog.records) == 1
+    assert len([record for record in caplog.records if record.name == "lz_compile"]) == 1
     torch._dynamo.reset()
     with torch.no_grad(), pytest.raises(BackendCompilerFailed, match="no such luck"):
         torch.compile(block, backend="layerzero", options={"strict": True})(x)

@@ -79,7 +79,20 @@ def scores(rows: int = 6, size: int = 64, seed: int = 0) -> torch.Tensor:
 
 
 def ids(rows: int = 6, size: int = 64) -> torch.Tensor:
-    return torch.randint(0, size + 3, (rows, 9), generator=torch.Generator().manual_seed(1))
+    """Token numbers; beyond the scores, too, where transformers takes them."""
+    end = size + 3 if TAKES_ANY_TOKEN else size
+    return torch.randint(0, end, (rows, 9), generator=torch.Generator().manual_seed(1))
+
+
+def takes_any_token() -> bool:
+    try:
+        RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([[2]]), torch.zeros(1, 2))
+    except RuntimeError:
+        return False
+    return True
+
+
+TAKES_ANY_TOKEN = takes_any_token()
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -241,8 +254,25 @@ OTHER_TOP_K: dict[str, Callable[..., Any]] = {
         x.softmax(-1) < 0.5 * (2 * x).softmax(-1).amax(-1, True), -torch.inf
     ),
     "a penalty of two numbers": lambda x: _penalty(x, 1.3, 1.4),
+    "a penalty of two numbers, without padding": lambda x: _unpadded(x, 1.3, 1.4),
+    "a penalty of other scores": lambda x: _unpadded(x, of=2.0),
+    "a penalty written to other scores": lambda x: _unpadded(x, to=2.0),
     "a penalty for positive scores": lambda x: _penalty(x, 1.3, 1.3, torch.gt),
 }
+
+
+def _unpadded(x: torch.Tensor, times: float = 1.3, over: float = 1.3, of: float = 1.0, to: float = 1.0) -> torch.Tensor:
+    """The penalty as older versions of transformers spell it: for tokens of the scores only."""
+    index = ids() % x.shape[1]
+    seen = (of * x if of != 1 else x).gather(1, index)
+    seen = torch.where(seen < 0, seen * times, seen / over)
+    return (to * x if to != 1 else x).scatter(1, index, seen)
+
+
+def test_a_penalty_without_padding_is_the_same_filter() -> None:
+    road, got, expected = watch(_unpadded, scores())
+    assert [(r.pattern, r.kernel) for r in road.regions] == [("repetition_penalty", "mine.filters")]
+    assert same_bits(got, expected)
 
 
 def _penalty(x: torch.Tensor, times: float, over: float, compare: Callable[..., Any] = torch.lt) -> torch.Tensor:

@@ -555,6 +555,7 @@ class TestOnGpu:
     def test_torch_compile_launches_the_kernels_itself(
         self, queries: int, op: Kernel, dynamic: bool, case: str
     ) -> None:
+        torch._dynamo.reset()
         compiled = torch.compile(lambda kwargs: op(**kwargs), fullgraph=True, dynamic=dynamic)
         arguments = {**self.sizes(queries), **CASES[case](2, 8, queries, 1000)}
         assert_is_attend(lambda **kwargs: compiled(kwargs), arguments)
