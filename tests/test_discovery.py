@@ -210,10 +210,10 @@ def test_a_second_question_touches_neither_child_nor_file(monkeypatch: pytest.Mo
     for function in ("_run", "_recall", "installed", "cache_directory"):
         monkeypatch.setattr(discovery, function, no_child)
     assert discovery.finding(spec) is first
-    started = time.perf_counter()
+    started = time.process_time()
     for _ in range(1000):
         discovery.finding(spec)
-    assert time.perf_counter() - started < 0.1
+    assert time.process_time() - started < 0.1
 
 
 @pytest.mark.parametrize(("function", "state"), [("works", "works"), ("aborts", "crashed"), ("raises", "failed")])
@@ -474,10 +474,10 @@ def test_a_users_provider_joins_by_an_entry_point(
     assert names() == [*own(), "outside.sdpa"]
     for function in ("_recall", "installed", "cache_directory"):
         monkeypatch.setattr(discovery, function, no_child)
-    started = time.perf_counter()
+    started = time.process_time()
     for _ in range(100):
         kernels.kernels()
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5
 
 
 def test_an_entry_point_with_another_name_than_its_provider_is_refused(

@@ -961,9 +961,9 @@ def test_a_proof_takes_a_few_milliseconds(capsys: pytest.CaptureFixture[str]) ->
         mask, at = returned(module)
         best = math.inf
         for _ in range(3):
-            start = time.perf_counter()
+            start = time.process_time()
             ask(MaskProver(module.graph, aliases), case.kind, mask, case.shape, at, EMPTY_ROWS_OF_SOFTMAX)
-            best = min(best, time.perf_counter() - start)
+            best = min(best, time.process_time() - start)
         worst = max(worst, best)
     with capsys.disabled():
         print(f" [slowest mask of 30: {worst * 1e3:.2f} ms]", end="")
