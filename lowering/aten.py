@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from lz_compile.gradients import needs_gradient
 from lz_compile.lowering.emit import Emitter
-from lz_compile.lowering.work import attention_work
+from lz_compile.lowering.work import attention_work, sdpa_planning
 from lz_compile.mask import MaskForm
 from lz_compile.region import Attention, Kernel, Provider, Region, Verdict, Work
 
@@ -239,7 +239,8 @@ class _Backend:
             launches += 2
             moved += 2 * batch * heads * keys * (_hint(key.shape[3]) + _hint(value.shape[3])) * item
         work = attention_work(region, efficiency, launches)
-        return replace(work, bytes=work.bytes + moved)
+        planning = sdpa_planning(region, cudnn=True) if self.name == "cudnn" else 0.0
+        return replace(work, bytes=work.bytes + moved, planning=planning)
 
     def kernel(self, efficiency: float, launches: int, summary: str) -> Kernel:
         def work(region: Region) -> Work:
@@ -411,7 +412,7 @@ def _hint(size: int | torch.SymInt) -> int:
 
 
 def _work_of_sdpa(region: Region) -> Work:
-    return attention_work(region, 0.6)
+    return replace(attention_work(region, 0.6), planning=sdpa_planning(region))
 
 
 _EFFICIENT = _Backend(
@@ -425,7 +426,7 @@ _EFFICIENT = _Backend(
 
 
 def _work_of_sdpa_masked(region: Region) -> Work:
-    return _EFFICIENT.work(region, 0.2, 1)
+    return replace(_EFFICIENT.work(region, 0.2, 1), planning=sdpa_planning(region))
 
 
 SDPA = Kernel(

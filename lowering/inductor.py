@@ -7,7 +7,7 @@ import dataclasses
 from lz_compile.lowering.pointwise import pointwise_work
 from lz_compile.lowering.projections import projections_work
 from lz_compile.lowering.sampling import sampling_as_it_stood
-from lz_compile.lowering.work import attention_work, moe_work
+from lz_compile.lowering.work import attention_work, moe_work, sdpa_planning
 from lz_compile.mask import MaskForm
 from lz_compile.moe import Moe
 from lz_compile.projections import Projections
@@ -43,7 +43,8 @@ def attention_as_it_stood(region: Region) -> Work:
     group = a.query_heads // a.kv_heads
     moved = whole.bytes * (1 + 2 * (group > 1))
     efficiency = 0.5 if plain else 0.2
-    return Work(whole.flops, moved, efficiency if region.pattern == "sdpa" else 0.1, launches=2)
+    efficiency = efficiency if region.pattern == "sdpa" else 0.1
+    return Work(whole.flops, moved, efficiency, launches=2, planning=sdpa_planning(region))
 
 
 def moe_as_it_stood(region: Region) -> Work:

@@ -1,7 +1,7 @@
 """Top-k and top-p filters by threshold search, as ``torch.library.triton_op`` ops.
 
 ``filter_top_k_v1`` and ``filter_top_p_v1`` launch the kernels of ``lowering.sampling_kernels``: one that finds each
-row's largest score, seven passes that narrow the range of its boundary down to one value, and one that writes the
+row's largest score, eight passes that narrow the range of its boundary down to one value, and one that writes the
 result.  They read sizes, strides and dtypes only, as CUDA graphs need.  Forward only.  Importing this module works
 without Triton; ``available`` says what is missing.
 
@@ -29,12 +29,13 @@ except ImportError as error:
 else:
     _missing = None
 
-# Bits below those that each pass finds: 32 parts a pass, of 2 ** 32 values.
-SHIFTS = (27, 22, 17, 12, 7, 2, 0)
-_PARTS = 32
-# Scores that a program looks at in one step, and adds up in one step where some lie in the range.
+# Bits below those that each pass finds: 16 parts a pass, of 2 ** 32 values.
+SHIFTS = (28, 24, 20, 16, 12, 8, 4, 0)
+# Numbers that a pass leaves for each program; see ``sampling_kernels.STATE``.
+_STATE = 18
+# The most scores that a program looks at in one step, and the fewest.
 _OUTER = 1024
-_BLOCK = 128
+_LEAST_OUTER = 128
 _MOST_SPLITS = 64
 
 Launchers = tuple[Any, Any, Any]
@@ -48,7 +49,7 @@ def available() -> str | None:
 def splits_of(rows: int, size: int, processors: int) -> int:
     """Programs a row: a power of two, for about four programs of eight warps an SM."""
     splits = 1
-    while splits < _MOST_SPLITS and rows * splits <= 2 * processors and size > 2 * splits * _BLOCK:
+    while splits < _MOST_SPLITS and rows * splits <= 2 * processors and size > 2 * splits * _LEAST_OUTER:
         splits *= 2
     return splits
 
@@ -101,47 +102,36 @@ def _run(
         splits = splits_of(rows, size, multiprocessors(scores.device))
     grid = (splits, rows)
     find_largest, narrow, apply = launchers
-    outer = min(_OUTER, power_of_two(-(-size // splits), _BLOCK))
+    outer = min(_OUTER, power_of_two(-(-size // splits), _LEAST_OUTER))
     chunk = -(-size // (splits * outer)) * outer
     layout = {"CHUNK": chunk, "OUTER": outer, "SPLITS": splits, "num_warps": 8}
     facts = {"size": size, "stride": scores.stride(0), "share": share, "fewer": fewer, "WEIGHTED": weighted}
     largest = scores.new_empty((rows, splits))
     find_largest[grid](scores=scores, out=largest, size=size, stride=scores.stride(0), **layout)
-    exact = {"device": scores.device, "dtype": torch.float64}
-    # In front of the first pass there is one part, with everything in it.
-    sums = torch.full((rows, splits, _PARTS), torch.inf, **exact)
-    total = torch.zeros((rows, splits), **exact)
+    sums = torch.zeros((rows, splits, _STATE), device=scores.device, dtype=torch.float64)
     lows = torch.zeros(rows, device=scores.device, dtype=torch.int64)
-    bases = torch.zeros(rows, **exact)
     for wide, shift in itertools.pairwise((32, *SHIFTS)):
-        found = tuple(torch.empty_like(value) for value in (sums, total, lows, bases))
+        new_sums, new_lows = torch.empty_like(sums), torch.empty_like(lows)
         narrow[grid](
             scores=scores,
             largest=largest,
             sums=sums,
-            total=total,
             lows=lows,
-            bases=bases,
-            new_sums=found[0],
-            new_total=found[1],
-            new_lows=found[2],
-            new_bases=found[3],
+            new_sums=new_sums,
+            new_lows=new_lows,
             wide=wide,
             shift=shift,
-            BLOCK=_BLOCK,
             **facts,
             **layout,
         )
-        sums, total, lows, bases = found
+        sums, lows = new_sums, new_lows
     out = torch.empty_like(scores, memory_format=torch.contiguous_format)
     doubts = torch.zeros(rows, device=scores.device, dtype=torch.int32)
     apply[grid](
         scores=scores,
         largest=largest,
         sums=sums,
-        total=total,
         lows=lows,
-        bases=bases,
         out=out,
         doubts=doubts,
         fill=fill,

@@ -6,7 +6,7 @@ import torch
 import torch.fx as fx
 
 from lz_compile.lowering.emit import Emitter
-from lz_compile.lowering.work import attention_work
+from lz_compile.lowering.work import attention_work, sdpa_planning
 from lz_compile.region import Attention, Kernel, Region, Verdict, Work
 
 VERSION = "3"
@@ -82,7 +82,7 @@ def _supports_tiled(region: Region) -> Verdict:
     assert a is not None
     if a.sink is not None:
         return None  # there is no other kernel
-    if not a.mask.proved and not _skips_tiles(a):
+    if not a.mask.proved and not _skips_tiles(a) and not sdpa_planning(region):
         return f"the mask is not proved, so that no tile can be skipped: {a.mask.unproved}"
     if a.query.meta["val"].dtype == torch.float32:
         return "float32 prefill is faster in PyTorch's SDPA"

@@ -6,7 +6,7 @@ from typing import Any
 
 from lz_compile.mask import Bound, MaskForm
 from lz_compile.moe import Moe
-from lz_compile.region import Region, Work
+from lz_compile.region import Attention, Region, Work
 
 
 def attention_work(region: Region, efficiency: float, launches: int = 1) -> Work:
@@ -25,6 +25,22 @@ def attention_work(region: Region, efficiency: float, launches: int = 1) -> Work
     flops = 2.0 * batch * heads * pairs * sizes
     elements = batch * sizes * (heads * queries + kv_heads * touched)
     return Work(flops, float(elements * query.dtype.itemsize), efficiency, launches)
+
+
+# cuDNN makes a plan for each combination of sizes: 10 to 20 ms, which the layers of a model share.
+_PLAN = 5e-4
+
+
+def sdpa_planning(region: Region, cudnn: bool = False) -> float:
+    """:attr:`~lz_compile.region.Work.planning` of SDPA, which ``cudnn`` runs, or else what PyTorch picks."""
+    a = region.attention
+    assert a is not None
+    return _PLAN if (cudnn or a.plans_sizes) and has_symbolic_sizes(a) else 0.0
+
+
+def has_symbolic_sizes(a: Attention) -> bool:
+    query, key, _ = a.fake()
+    return any(not isinstance(size, int) for size in (*query.shape[:3], key.shape[2]))
 
 
 def moe_work(region: Region, efficiency: float, launches: int, copies_weights: bool = False) -> Work:

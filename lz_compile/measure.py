@@ -59,10 +59,10 @@ class Figure:
     pool_bytes: int | None = None
 
     @classmethod
-    def of(cls, record: Record, source: Source) -> Figure:
+    def of(cls, record: Record, source: Source, planning: float = 0.0) -> Figure:
         assert record.seconds is not None
         return cls(
-            record.seconds,
+            record.seconds + planning,
             source,
             max(record.variance, 0.0) ** 0.5,
             record.samples,
@@ -255,6 +255,12 @@ class _Gathering:
         estimates = [self.estimate(work, group) for work in (group.stands, *(k.work for k in group.kernels))]
         return max([e for e in estimates if e is not None], default=0.0) * len(group.regions)
 
+    @staticmethod
+    def _planning(work: Callable[[Region], Work] | None, group: Group) -> float:
+        with contextlib.suppress(Exception):  # the estimate warns of it
+            return work(group.regions[0]).planning if work is not None else 0.0
+        return 0.0
+
     def estimate(self, work: Callable[[Region], Work] | None, group: Group) -> float | None:
         """Roofline seconds of a kernel on a group, None where it has none."""
         if work is None:
@@ -279,6 +285,7 @@ class _Gathering:
     ) -> Evidence:
         """Measured kernels compete with each other; only where none was measured do estimates decide."""
         result = Evidence()
+        works = {kernel.name: kernel.work for kernel in group.kernels} | {INDUCTOR: group.stands}
         for name, key in keys.items():
             record, source = (fresh[key], "measured") if key in fresh else (known.get(key), "remembered")
             if record is None:
@@ -286,7 +293,8 @@ class _Gathering:
             if not record.qualified:
                 result.rejected[name] = record.reason
             elif record.seconds is not None:
-                result.figures[name] = Figure.of(record, source)  # type: ignore[arg-type]
+                planning = self._planning(works.get(name), group)
+                result.figures[name] = Figure.of(record, source, planning)  # type: ignore[arg-type]
         anything_measured = any(name != INDUCTOR for name in result.figures)
         if not anything_measured and any(kernel.name not in result.rejected for kernel in group.kernels):
             result.figures.pop(INDUCTOR, None)  # a measured time says nothing beside estimated ones

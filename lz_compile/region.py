@@ -30,6 +30,9 @@ class Attention:
 
     ``sink`` is a floating ``[Hq]`` value, None when there is none: one more logit a head in the softmax's denominator,
     with no value (the attention sinks of GPT-OSS).  A row without visible keys then gives zeros.
+
+    ``plans_sizes`` says that what PyTorch runs for the call as the program has it, cuDNN, makes a plan for each
+    combination of sizes.
     """
 
     query: fx.Node
@@ -41,6 +44,7 @@ class Attention:
     softcap: float = 0.0
     stacked: int | None = None
     sink: fx.Node | None = None
+    plans_sizes: bool = False
 
     def fake(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The fake query, key and value, 4-d."""
@@ -148,12 +152,15 @@ class Work:
 
     ``flops`` and ``bytes`` are what the kernel executes and moves (not the least that any kernel must); ``efficiency``
     is the share of the machine's peak that such kernels are known to reach, ``launches`` how many kernels start.
+    ``planning`` is what the host spends on a call of new sizes, in seconds, where sizes are symbolic; it counts beside
+    a measured time, too, for which all calls have the same sizes.
     """
 
     flops: float
     bytes: float
     efficiency: float = 0.5
     launches: int = 1
+    planning: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,10 @@ class Roof:
     fitted: bool
 
     def seconds(self, work: Work, dtype: torch.dtype, device_type: str) -> float:
-        """The roofline time of ``work``: the greater of its two limits, over its efficiency, and its launches."""
+        """The greater of the two limits of ``work``, over its efficiency, with launches and planning."""
         peak = self.flops.get(dtype) or min(self.flops.values())
         limit = max(work.flops / peak, work.bytes / self.bandwidth)
-        return limit / work.efficiency + work.launches * launch_seconds(device_type)
+        return limit / work.efficiency + work.launches * launch_seconds(device_type) + work.planning
 
     def transfer(self, moved: float) -> float:
         """Seconds to move that many bytes (read plus written)."""

@@ -22,7 +22,7 @@ from lz_compile.aliasing import Aliases
 from lz_compile.gradients import needs_gradient
 from lz_compile.mask import EMPTY_ROWS_OF_SOFTMAX, Bound, EmptyRow, EmptyRows, MaskForm
 from lz_compile.patterns.cache import find_cache_write
-from lz_compile.patterns.empty_rows import EmptyRowsOfSdpa
+from lz_compile.patterns.empty_rows import BackendsOfSdpa
 from lz_compile.patterns.heads import ungroup
 from lz_compile.patterns.masks import MaskProver
 from lz_compile.patterns.scores import ScoreWriter
@@ -68,7 +68,7 @@ def find_attention(graph: fx.Graph, aliases: Aliases, module_of: Any) -> list[Re
     """
     left = _unify_scores(graph, aliases)
     prover = MaskProver(graph, aliases)
-    empty_rows = EmptyRowsOfSdpa()
+    backends = BackendsOfSdpa()
     regions: list[Region] = []
     for node in list(graph.nodes):
         if target(node) is aten.scaled_dot_product_attention.default:
@@ -85,7 +85,7 @@ def find_attention(graph: fx.Graph, aliases: Aliases, module_of: Any) -> list[Re
             continue
         region = Region("attention", site.pattern, site.output, module_of(site.output))
         try:
-            region.attention = read(site, prover, empty_rows)
+            region.attention = read(site, prover, backends)
             region.nodes = sorted(site.nodes, key=aliases.position)
             _require_replaceable(region, site, aliases)
             region.key_cache = find_cache_write(region.attention.key, site.output, aliases)
@@ -151,7 +151,7 @@ class _Site:
 # -- PyTorch's own call ----------------------------------------------------------------------------------------------
 
 
-def _read_sdpa(site: _Site, prover: MaskProver, empty_rows: EmptyRowsOfSdpa) -> Attention:
+def _read_sdpa(site: _Site, prover: MaskProver, backends: BackendsOfSdpa) -> Attention:
     node = site.output
     site.nodes = [node]
     known = arguments(node)
@@ -177,10 +177,11 @@ def _read_sdpa(site: _Site, prover: MaskProver, empty_rows: EmptyRowsOfSdpa) -> 
         site.reads(mask, [], node)
         if known["is_causal"]:
             raise Declined("both a mask and is_causal")
-        form, mask_node = _prove(prover, mask, _scores_shape(site, query, key), node, empty_rows(node)), mask
+        form, mask_node = _prove(prover, mask, _scores_shape(site, query, key), node, backends.empty_rows(node)), mask
     elif known["is_causal"]:
         form = MaskForm(upper=(Bound(0),))
-    return Attention(query, key, value, scale, form, mask_node, stacked=site.stacked)
+    plans_sizes = backends.plans_sizes(node)
+    return Attention(query, key, value, scale, form, mask_node, stacked=site.stacked, plans_sizes=plans_sizes)
 
 
 def _tensors(query: fx.Node, key: fx.Node, value: fx.Node) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -287,7 +288,7 @@ def _forward_to_product(softmax: fx.Node, has_sink: bool, depth: int = 8) -> fx.
     return None
 
 
-def _read_eager(site: _Site, prover: MaskProver, empty_rows: EmptyRowsOfSdpa) -> Attention:
+def _read_eager(site: _Site, prover: MaskProver, backends: BackendsOfSdpa) -> Attention:
     assert site.softmax is not None
     _read_weights(site)
     value = _value_of(site.output, site.nodes)

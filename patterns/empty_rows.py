@@ -27,13 +27,22 @@ _CUDNN = "_scaled_dot_product_cudnn_attention"
 _EFFICIENT = "_scaled_dot_product_efficient_attention"
 
 
-class EmptyRowsOfSdpa:
+class BackendsOfSdpa:
     """Answers for the SDPA calls of one graph, once for each combination of shapes, strides and dtypes."""
 
     def __init__(self) -> None:
-        self._known: dict[Any, EmptyRows] = {}
+        self._known: dict[Any, str] = {}
 
-    def __call__(self, node: fx.Node) -> EmptyRows:
+    def empty_rows(self, node: fx.Node) -> EmptyRows:
+        query = fake(node.args[0])
+        assert query is not None
+        return _rows_of(self._backend(node), query)
+
+    def plans_sizes(self, node: fx.Node) -> bool:
+        """Whether the backend makes a plan, on the host, for each combination of sizes."""
+        return self._backend(node) == _CUDNN
+
+    def _backend(self, node: fx.Node) -> str:
         tensors = [fake(argument) for argument in node.args[:4]]
         query = tensors[0]
         assert query is not None
@@ -41,7 +50,7 @@ class EmptyRowsOfSdpa:
             node.kwargs
         )
         if key not in self._known:
-            self._known[key] = _rows_of(_backend_of(node) if query.is_cuda else "", query)
+            self._known[key] = _backend_of(node) if query.is_cuda else ""
         return self._known[key]
 
 

@@ -79,6 +79,32 @@ def test_decode_under_reduce_overhead_follows_the_cache_position_and_is_captured
     assert attention_kernels() == {"triton.split_kv"}
 
 
+def test_no_plan_is_made_for_every_length_under_a_mask_that_only_the_run_knows() -> None:
+    """As with a paged cache: the mask is an input, and every step has another number of keys."""
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        k, v = k.repeat_interleave(4, 1), v.repeat_interleave(4, 1)
+        return F.scaled_dot_product_attention(q, k, v, mask)
+
+    def arguments(queries: int, keys: int) -> tuple[torch.Tensor, ...]:
+        q, k, v = qkv(queries, keys)
+        shown = torch.rand(2, 1, queries, keys, device=DEVICE) < 0.5
+        shown[..., 0] = True
+        least = torch.finfo(q.dtype).min
+        return q, k, v, torch.where(shown, 0.0, least).to(q.dtype)
+
+    compiled = strict(attend, dynamic=True, fullgraph=True)
+    with torch.no_grad():
+        for queries, keys in ((20, 136), (33, 200), (64, 777)):
+            given = arguments(queries, keys)
+            torch.testing.assert_close(compiled(*given), attend(*given), atol=2e-2, rtol=2e-2)
+        q, k, v, mask = given
+        wide = [x.repeat_interleave(4, 1) for x in (k, v)]
+        plans = torch._fused_sdp_choice(q, *wide, mask) == torch.nn.attention.SDPBackend.CUDNN_ATTENTION.value
+    (region,) = lz_compile.reports()[-1].regions
+    assert (region.kernel == "triton.tiled") == plans, region
+
+
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_prefill_in_bfloat16_is_as_good_as_eager(attention: str, side: str) -> None:

@@ -544,6 +544,7 @@ def test_a_roof_is_the_greater_limit_over_the_efficiency_and_the_launches() -> N
     roof = Roof(1e9, {torch.float32: 1e12}, fitted=True)
     assert roof.seconds(Work(1e9, 8e6, 0.5, 2), torch.float32, "cpu") == pytest.approx(8e-3 / 0.5 + 2 * 5e-6)
     assert roof.seconds(Work(1e11, 8e6, 0.5, 0), torch.float32, "cpu") == pytest.approx(0.1 / 0.5)
+    assert roof.seconds(Work(1e11, 8e6, 0.5, 0, planning=0.3), torch.float32, "cpu") == pytest.approx(0.5)
     assert roof.transfer(2e9) == pytest.approx(2.0)
 
 
