@@ -28,6 +28,15 @@ settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "search")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """``slow_but("a", "b")`` marks all cases of a test slow except ``test[a]`` and ``test[b]``."""
+    for item in items:
+        marker = item.get_closest_marker("slow_but")
+        if marker is not None and item.callspec.id not in marker.args:  # type: ignore[attr-defined]
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def interpreter_reads_loop_bounds() -> None:
     """NumPy 2.4 no longer turns the one-element arrays of triton 3.6's interpreter into an index."""

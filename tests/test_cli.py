@@ -260,6 +260,7 @@ def test_a_kernel_of_a_library_that_does_not_work_is_listed_and_not_asked() -> N
 # -- tune
 
 
+@pytest.mark.slow
 def test_a_tuned_model_is_remembered_and_measured_no_second_time() -> None:
     first = run_json(*LLAMA, "--phase", "prefill", "--cache", "0")
     assert first["measured"] >= 4 and first["remembered"] == 0 and not first["failed"]
@@ -277,6 +278,7 @@ def test_a_tuned_model_is_remembered_and_measured_no_second_time() -> None:
     assert region["chosen"] in again.stdout
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_keeps_what_it_stored_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while the second region is measured."""
     calls = []

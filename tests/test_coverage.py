@@ -39,6 +39,7 @@ def command(*arguments: str, code: int = 0) -> Any:
 # -- whole runs --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_three_architectures_are_covered_and_a_second_run_takes_them_from_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -360,6 +360,7 @@ cpu_compiles = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @cpu_compiles
 @pytest.mark.usefixtures("_registered")
 def test_a_compiled_model_is_right_and_comes_from_the_caches_the_second_time() -> None:

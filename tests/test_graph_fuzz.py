@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from road import Road, compile_road
 
-FAST = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+FAST = settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 SWEEP = settings(FAST, max_examples=3000)
 MIN = torch.finfo(torch.float32).min
 TOLERANCE = {

@@ -72,6 +72,7 @@ def decode_step(model: Any, run: Any, cache_length: int | None, seed: int = 0) -
     return run(ids[:, 9:], attention_mask=mask, past_key_values=cache, position_ids=positions, use_cache=True).logits
 
 
+@pytest.mark.slow_but("32-eager-V2", "None-sdpa-V3")
 @pytest.mark.parametrize("version", ["V2", "V3"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("cache_length", [32, None])

@@ -915,6 +915,7 @@ SMALL = {
 }  # fmt: skip
 
 
+@pytest.mark.slow_but("padded", "sliding", "static decode")
 @pytest.mark.parametrize("case", ["plain", "padded", "packed", "static prefill", "static decode", "sliding"])
 def test_masks_inside_compiled_transformers_models_are_proved(case: str) -> None:
     transformers = pytest.importorskip("transformers")

@@ -336,7 +336,8 @@ def test_processes_and_threads_measure_everything_once(processes: int, threads: 
     assert {"t.kernel", "cpu.ranges", "aten.sdpa_masked"} <= set(names)
 
 
-@pytest.mark.parametrize("how", ["truncated", pytest.param("read-only", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["truncated", "read-only"])
 def test_a_file_that_is_broken_while_many_compile_breaks_no_compile(how: str, fresh: Path) -> None:
     def meanwhile() -> None:
         deadline = time.monotonic() + 60

@@ -59,6 +59,7 @@ def valid_tokens(length: int, side: str, prompt: int | None = None) -> torch.Ten
     return valid
 
 
+@pytest.mark.slow_but("llama-sdpa-left-float32", "llama-eager-none-float32", "mistral-eager-right-float32", "qwen3-sdpa-none-float32", "phi3-eager-left-float32", "gpt-neox-sdpa-right-float32", "llama-sdpa-left-bfloat16")
 @pytest.mark.parametrize(("side", "dtype"), PADDED)
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("architecture", DECODERS, ids=lambda a: a.name)
@@ -79,6 +80,7 @@ def test_a_prefill_without_cache_is_recognised_and_right(
     assert all("dense" not in region.mask and "additive" not in region.mask for region in road.regions)
 
 
+@pytest.mark.slow_but("llama-sdpa-left-float32", "llama-eager-none-float32", "mistral-eager-right-float32", "qwen3-sdpa-none-float32", "phi3-eager-left-float32", "gpt-neox-sdpa-right-float32", "llama-sdpa-left-bfloat16")
 @pytest.mark.parametrize(("side", "dtype"), PADDED)
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("architecture", DECODERS, ids=lambda a: a.name)
@@ -113,6 +115,7 @@ def decode(model: Any, config: Any, seed: int, side: str, steps: int) -> torch.T
     return torch.cat(logits, 1)
 
 
+@pytest.mark.slow_but("llama-sdpa", "mistral-eager")
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("architecture", DECODERS, ids=lambda a: a.name)
 def test_greedy_tokens_equal_eagers_over_64_steps(architecture: Architecture, attention: str) -> None:
@@ -133,6 +136,7 @@ def greedy(model: Any, config: Any) -> torch.Tensor:
     return torch.cat(found, 1)
 
 
+@pytest.mark.slow_but("eager-right-float32", "sdpa-left-float32", "sdpa-right-bfloat16")
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("side", PADDING)
 @pytest.mark.parametrize("attention", ATTENTION)
@@ -165,6 +169,7 @@ def test_vit_is_recognised_and_right(attention: str, dtype: torch.dtype) -> None
     assert "inductor" not in road.kernels
 
 
+@pytest.mark.slow_but("sdpa-float32", "eager-bfloat16")
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_whisper_is_recognised_and_right(attention: str, dtype: torch.dtype) -> None:
@@ -183,6 +188,7 @@ def test_whisper_is_recognised_and_right(attention: str, dtype: torch.dtype) -> 
     assert "inductor" not in road.kernels
 
 
+@pytest.mark.slow_but("sdpa")
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_whisper_greedy_tokens_equal_eagers_over_64_steps_with_static_caches(attention: str) -> None:
     model = WHISPER.build(attention)

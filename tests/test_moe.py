@@ -546,6 +546,7 @@ rules:
 """
 
 
+@pytest.mark.slow
 def test_a_kernel_from_outside_competes_qualifies_and_runs_by_a_lock() -> None:
     net = model("GptOss", "grouped_mm").float()
     kernels = (kernel(), kernel("mine.wrong", spoil=1e-3))

@@ -70,6 +70,7 @@ def test_a_chain_of_row_wise_operations_runs_on_the_rows_that_are_read() -> None
     assert rows_of(module, aten.matmul.default) == [1]
 
 
+@pytest.mark.slow_but("llama-sdpa", "mistral-eager", "phi3-sdpa", "gpt-neox-eager")
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("architecture", DECODERS, ids=lambda a: a.name)
 def test_the_last_layer_of_a_prefill_runs_on_the_token_that_is_asked_for(

@@ -28,6 +28,7 @@ MEANINGS = {
 }
 
 
+@pytest.mark.slow_but("gemma2", "gpt-oss", "llama", "phi3", "t5", "gpt-neox")
 @pytest.mark.parametrize("name", list(CASES))
 def test_a_model_has_its_regions_and_keeps_its_bits_when_they_are_replaced(name: str) -> None:
     """Of all three kinds: what the other files say of models rests on this."""

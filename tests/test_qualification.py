@@ -83,6 +83,7 @@ WRONG: dict[str, tuple[Callable[[], bad.Run], str]] = {
 }
 
 
+@pytest.mark.slow_but("ignores the mask", "wrong in one of 10,000", "writes its query", "raises at call time")
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_kernel_is_rejected_with_its_reason_and_the_model_is_right(name: str) -> None:
     run, reason = WRONG[name]

@@ -257,6 +257,7 @@ def test_autocast_outside_and_inside_agrees_with_eager_and_is_left_alone() -> No
         assert "autocast" in lz_compile.reports()[-1].graphs[0].reason
 
 
+@pytest.mark.slow
 def test_a_graph_with_flex_attention_compiles_and_says_why_it_was_left_alone() -> None:
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -271,6 +272,7 @@ def test_a_graph_with_flex_attention_compiles_and_says_why_it_was_left_alone() -
     assert "flex_attention" in lz_compile.reports()[-1].graphs[0].reason
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_agrees_with_eager() -> None:
     from torch.utils.checkpoint import checkpoint
 
@@ -406,6 +408,7 @@ WARM = """
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_hits_both_caches_and_another_plan_misses_them(tmp_path: Any) -> None:
     def run(options: str) -> dict[str, Any]:
         code = textwrap.dedent(WARM).replace("OPTIONS", options)

@@ -21,6 +21,7 @@ def _quiet(line: str) -> None:
     pass
 
 
+@pytest.mark.slow
 def test_a_few_models_leave_nothing_behind() -> None:
     # Five written blocks and an architecture; Inductor's code generation, most of the time, is left to the slow test.
     good, line, marks = soak.soak(6, "road", seed=25, warm_up=2, every=2, say=_quiet)

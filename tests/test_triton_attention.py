@@ -180,6 +180,13 @@ def test_head_sizes_need_not_be_powers_of_two_or_equal(
     assert_is_attend(kernel, {**arguments, "bounds": bounds_of(1, 40, upper=30)})
 
 
+@pytest.mark.slow_but(
+    "dtype0-no mask-sizes1",
+    "dtype1-window-sizes0",
+    "dtype0-additive mask-sizes3",
+    "dtype1-no mask-sizes2",
+    "dtype0-window-sizes2",
+)
 @pytest.mark.parametrize("sizes", [(288, 256), (576, 512), (512, 512), (320, 64)])
 @pytest.mark.parametrize("case", ["no mask", "window", "additive mask"])
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
@@ -221,6 +228,20 @@ def test_a_key_value_head_may_be_broadcast_over_the_batch(kernel: Kernel) -> Non
     assert_is_attend(kernel, arguments)
 
 
+@pytest.mark.slow_but(
+    "additive with -inf-0-tiled",
+    "additive with -inf-1-split_kv",
+    "additive with -inf-2-tiled",
+    "additive-0-split_kv",
+    "additive-1-tiled",
+    "additive-2-split_kv",
+    "boolean-0-tiled",
+    "boolean-1-split_kv",
+    "boolean-2-tiled",
+    "none-0-split_kv",
+    "none-1-tiled",
+    "none-2-split_kv",
+)
 @pytest.mark.parametrize("kernel", [split_kv, tiled])
 @pytest.mark.parametrize("empty_row", [0, 1, 2])
 @pytest.mark.parametrize("mask", ["none", "boolean", "additive", "additive with -inf"])
@@ -255,6 +276,7 @@ def sinks(heads: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.linspace(-30, 9, heads, device=DEVICE).to(dtype)
 
 
+@pytest.mark.slow_but("window-3.0-tiled", "window-3.0-split_kv", "additive mask-0.0-tiled", "additive mask-0.0-split_kv")
 @pytest.mark.parametrize("kernel", [split_kv, tiled])
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize("case", ["no mask", "window", "additive mask"])
@@ -268,6 +290,7 @@ def test_an_attention_sink_joins_the_sum_of_exponentials(kernel: Kernel, case: s
     torch.testing.assert_close(kernel(**far_below), without)
 
 
+@pytest.mark.slow_but("additive-1-tiled", "none-1-split_kv", "additive-0-split_kv", "none-0-tiled")
 @pytest.mark.parametrize("kernel", [split_kv, tiled])
 @pytest.mark.parametrize("empty_row", [0, 1])
 @pytest.mark.parametrize("mask", ["none", "additive"])

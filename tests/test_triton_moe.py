@@ -119,6 +119,13 @@ GPT_OSS: dict[str, Any] = {
 UNGATED: dict[str, Any] = {"gated": False, "activation": "relu"}
 
 
+@pytest.mark.slow_but(
+    "gpt-oss-1-dtype0",
+    "gpt-oss-16-dtype2",
+    "halves-3-dtype1",
+    "halves-40-dtype3",
+    "ungated-16-dtype2",
+)
 @pytest.mark.parametrize(("count", "dtype"), [(1, torch.float32), (3, HALF), (16, torch.float32), (40, HALF)])
 @pytest.mark.parametrize("facts", [{}, GPT_OSS, UNGATED], ids=["halves", "gpt-oss", "ungated"])
 def test_experts_of_few_tokens_are_what_they_mean(facts: dict[str, Any], count: int, dtype: torch.dtype) -> None:
