@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx as fx
+from torch._dynamo.exc import RestartAnalysis
 
 from lz_compile import config
 from lz_compile.aliasing import Aliases
@@ -325,6 +326,8 @@ def _compile(
     try:
         compiled = compile_fx(rewritten, packing.example_inputs(), config_patches=inductor)
         return packing.bind(compiled, _unpacked(original, inductor) if packing.packs else None)
+    except RestartAnalysis:  # no failure: Dynamo traces the frame again, with a scalar as a constant
+        raise
     except Exception as error:
         if config.strict:
             raise
