@@ -59,7 +59,15 @@ def valid_tokens(length: int, side: str, prompt: int | None = None) -> torch.Ten
     return valid
 
 
-@pytest.mark.slow_but("llama-sdpa-left-float32", "llama-eager-none-float32", "mistral-eager-right-float32", "qwen3-sdpa-none-float32", "phi3-eager-left-float32", "gpt-neox-sdpa-right-float32", "llama-sdpa-left-bfloat16")
+@pytest.mark.slow_but(
+    "llama-sdpa-left-float32",
+    "llama-eager-none-float32",
+    "mistral-eager-right-float32",
+    "qwen3-sdpa-none-float32",
+    "phi3-eager-left-float32",
+    "gpt-neox-sdpa-right-float32",
+    "llama-sdpa-left-bfloat16",
+)
 @pytest.mark.parametrize(("side", "dtype"), PADDED)
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("architecture", DECODERS, ids=lambda a: a.name)
@@ -80,7 +88,15 @@ def test_a_prefill_without_cache_is_recognised_and_right(
     assert all("dense" not in region.mask and "additive" not in region.mask for region in road.regions)
 
 
-@pytest.mark.slow_but("llama-sdpa-left-float32", "llama-eager-none-float32", "mistral-eager-right-float32", "qwen3-sdpa-none-float32", "phi3-eager-left-float32", "gpt-neox-sdpa-right-float32", "llama-sdpa-left-bfloat16")
+@pytest.mark.slow_but(
+    "llama-sdpa-left-float32",
+    "llama-eager-none-float32",
+    "mistral-eager-right-float32",
+    "qwen3-sdpa-none-float32",
+    "phi3-eager-left-float32",
+    "gpt-neox-sdpa-right-float32",
+    "llama-sdpa-left-bfloat16",
+)
 @pytest.mark.parametrize(("side", "dtype"), PADDED)
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("architecture", DECODERS, ids=lambda a: a.name)

@@ -276,7 +276,9 @@ def sinks(heads: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.linspace(-30, 9, heads, device=DEVICE).to(dtype)
 
 
-@pytest.mark.slow_but("window-3.0-tiled", "window-3.0-split_kv", "additive mask-0.0-tiled", "additive mask-0.0-split_kv")
+@pytest.mark.slow_but(
+    "window-3.0-tiled", "window-3.0-split_kv", "additive mask-0.0-tiled", "additive mask-0.0-split_kv"
+)
 @pytest.mark.parametrize("kernel", [split_kv, tiled])
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize("case", ["no mask", "window", "additive mask"])
