@@ -368,6 +368,8 @@ def script(tmp_path: Path, fail: str = "") -> str:
 
 def test_what_a_script_compiles_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
+    import setuptools  # noqa: F401 - Inductor imports it for its first compile, and it adds to the path
+
     argv, path = list(sys.argv), list(sys.path)
     result = run("tune", script(tmp_path), "--json", "--", "--batch", "4")
     document = json.loads(result.stdout)

@@ -239,16 +239,15 @@ def test_automatic_dynamic_shapes_agree_with_eager() -> None:
     assert "inductor" not in road.kernels
 
 
-def test_a_restart_of_dynamo_is_no_failure(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restart_of_dynamo_is_no_failure(caplog: pytest.LogCaptureFixture) -> None:
     """A number that Inductor needs as a constant makes Dynamo trace the frame again."""
 
     def attend(x: torch.Tensor, scale: float) -> torch.Tensor:
         return F.scaled_dot_product_attention(x, x * scale, x, scale=scale)
 
-    monkeypatch.setattr(torch._dynamo.config, "specialize_float", False)
     before = len(lz_compile.reports())
     compiled = torch.compile(attend, backend="layerzero", dynamic=True)
-    with torch.no_grad():
+    with torch.no_grad(), torch._dynamo.config.patch(specialize_float=False):
         for scale in (0.5, 0.75):
             x = torch.randn(1, 2, 8, 16)
             torch.testing.assert_close(compiled(x, scale), attend(x, scale), atol=1e-5, rtol=1e-4)
