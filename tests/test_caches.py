@@ -287,6 +287,7 @@ class Bytes(QuantizedLayer):
         return q_tensor[0].to(q_tensor[1].dtype) * q_tensor[1]
 
 
+@pytest.mark.slow
 def test_a_quantised_cache_is_left_alone_and_the_report_says_so() -> None:
     model = ONE_LAYER.build("sdpa")
 

@@ -320,6 +320,7 @@ def compile_in_processes(folder: Path, processes: int, threads: int, meanwhile: 
                 worker.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "threads"), [(2, 3), pytest.param(8, 32, marks=pytest.mark.slow)], ids=["small", "large"]
 )

@@ -61,9 +61,7 @@ def valid_tokens(length: int, side: str, prompt: int | None = None) -> torch.Ten
 
 @pytest.mark.slow_but(
     "llama-sdpa-left-float32",
-    "llama-eager-none-float32",
     "mistral-eager-right-float32",
-    "qwen3-sdpa-none-float32",
     "phi3-eager-left-float32",
     "gpt-neox-sdpa-right-float32",
     "llama-sdpa-left-bfloat16",
@@ -90,9 +88,7 @@ def test_a_prefill_without_cache_is_recognised_and_right(
 
 @pytest.mark.slow_but(
     "llama-sdpa-left-float32",
-    "llama-eager-none-float32",
     "mistral-eager-right-float32",
-    "qwen3-sdpa-none-float32",
     "phi3-eager-left-float32",
     "gpt-neox-sdpa-right-float32",
     "llama-sdpa-left-bfloat16",
@@ -131,7 +127,7 @@ def decode(model: Any, config: Any, seed: int, side: str, steps: int) -> torch.T
     return torch.cat(logits, 1)
 
 
-@pytest.mark.slow_but("llama-sdpa", "mistral-eager")
+@pytest.mark.slow_but("mistral-eager")
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("architecture", DECODERS, ids=lambda a: a.name)
 def test_greedy_tokens_equal_eagers_over_64_steps(architecture: Architecture, attention: str) -> None:

@@ -571,6 +571,7 @@ def test_a_kernel_that_is_wrong_by_a_thousandth_is_rejected() -> None:
     assert all("wrong result" in region.rejected["mine.wrong"] for region in road.regions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("outside", "inside"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
 def test_a_block_is_judged_by_the_coarser_dtype_of_tokens_and_experts(
     outside: torch.dtype, inside: torch.dtype

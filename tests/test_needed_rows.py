@@ -465,7 +465,7 @@ def test_random_chains_give_what_they_gave(names: list[str], cut: str, batch: in
     torch.testing.assert_close(result, chain(x, w), atol=1e-5, rtol=1e-5)
 
 
-EXAMPLES = int(os.environ.get("LZ_COMPILE_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("LZ_COMPILE_EXAMPLES", "30"))
 
 # Of two values of one shape.
 PAIRS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {

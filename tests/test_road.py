@@ -211,6 +211,7 @@ def test_training_gives_inductors_loss_and_gradients_and_says_why() -> None:
     assert all(r.kernel == "inductor" and "needs gradient" in r.reason for r in regions)
 
 
+@pytest.mark.slow
 def test_dynamic_shapes_agree_with_eager_without_a_compile_per_length() -> None:
     model = LLAMA.build("sdpa")
     before = len(lz_compile.reports())
