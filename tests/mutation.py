@@ -60,6 +60,8 @@ TRACED = [
     "tests/test_expert_parts.py",
     "tests/test_packing.py",
     "tests/test_sampling.py",
+    "tests/test_sampling_parts.py",
+    "tests/test_perturbed.py",
     "tests/test_needed_rows.py",
     "tests/test_road.py",
     "tests/test_gpu.py",
@@ -366,7 +368,7 @@ def examine(guard: Guard, traced: dict[str, Any], folder: Path, most: int, secon
         families[family] += 1
         if cost.get(test, 9.0) < _QUICK:
             chosen.append(test)
-        elif families[family] <= 4:
+        elif families[family] <= 12:
             slow.append(test)
     chosen += slow[:most]
     record = {"guard": str(guard), "tests": len(chosen), "reached": len(reached)}
