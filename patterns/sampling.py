@@ -87,16 +87,16 @@ class _Reader:
             raise _Other
         known = self.take(views[0], aten.slice.Tensor)
         self.last(mask, known["dim"])
-        writes = list(views[0].users)
-        if len(writes) != 1 or known["step"] != 1:
+        if known["step"] != 1:
             raise _Other
-        written = self.take(writes[0], aten.fill_.Tensor, aten.fill_.Scalar, aten.copy_.default)
+        write = next(iter(views[0].users))
+        written = self.take(write, aten.fill_.Tensor, aten.fill_.Scalar, aten.copy_.default)
         filled = written["value"] if "value" in written else written["src"]
         if scalar(filled, self.aliases) != float(value):
             raise _Other
         self._constant(filled)
         position = self.aliases.position
-        if not position(writes[0]) < position(reader) or self.aliases.version(mask, reader) != 1:
+        if not position(write) < position(reader) or self.aliases.version(mask, reader) != 1:
             raise _Other
         return known["start"] or 0, _TO_THE_END if known["end"] is None else known["end"]
 
@@ -224,11 +224,11 @@ def _sorted(r: _Reader, node: Any, index: int) -> tuple[fx.Node, fx.Node]:
     return call, known["self"]
 
 
-def _scattered(r: _Reader, mask: Any, order_of: fx.Node, index_of: Callable[[Any], fx.Node]) -> fx.Node:
-    """``m`` of ``m.scatter(1, order, m)``, with the ``order`` of the sort ``order_of``."""
+def _scattered(r: _Reader, mask: fx.Node) -> fx.Node:
+    """``m`` of ``m.scatter(1, order, m)``."""
     known = r.take(mask, aten.scatter.src)
     r.last(mask, known["dim"])
-    if known["self"] is not known["src"] or index_of(known["index"]) is not order_of:
+    if known["self"] is not known["src"]:
         raise _Other
     return known["self"]
 
@@ -287,7 +287,7 @@ def _top_p(r: _Reader, node: fx.Node) -> tuple[fx.Node, Filter]:
     call, values = _sorted(r, order, 1)
     if values is not scores:
         raise _Other
-    removed = _scattered(r, mask, call, lambda index: _sorted(r, index, 1)[0])
+    removed = _scattered(r, mask)
     low = r.take(removed, aten.le.Scalar)
     ascending = r.take(low["self"], aten.cumsum.default)["self"]
     first = r.take(ascending, aten.softmax.int)["self"]
@@ -305,7 +305,7 @@ def _typical(r: _Reader, node: fx.Node) -> tuple[fx.Node, Filter]:
     scores, mask, fill = _masked(r, node)
     order = r.take(mask, aten.scatter.src)["index"]
     call, distance = _sorted(r, order, 1)
-    removed = _scattered(r, mask, call, lambda index: _sorted(r, index, 1)[0])
+    removed = _scattered(r, mask)
     far = r.take(removed, aten.gt.Tensor)
     nearest = far["self"]
     if _sorted(r, nearest, 0)[0] is not call:

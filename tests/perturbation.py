@@ -121,12 +121,13 @@ def _changes(node: fx.Node) -> Iterator[tuple[str, Change]]:
     for position, argument in enumerate(node.target._schema.arguments):
         if argument.name in _NOT_VALUES:
             continue
-        given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
+        given = (
+            node.args[position] if position < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
+        )
         for text, new in _others(node, given, str(argument.type)):
             yield f"{argument.name} is {text}", lambda n, p=position, a=argument, new=new: _set(n, p, a, new(n))
-    if isinstance(value, torch.Tensor) and len(node.all_input_nodes) == 2 and len(node.args) >= 2:
-        if all(isinstance(argument, fx.Node) for argument in node.args[:2]):
-            yield "operands change places", lambda n: setattr(n, "args", (n.args[1], n.args[0], *n.args[2:]))
+    if len(node.all_input_nodes) == 2 and all(isinstance(argument, fx.Node) for argument in node.args[:2]):
+        yield "operands change places", lambda n: setattr(n, "args", (n.args[1], n.args[0], *n.args[2:]))
 
 
 def _others(node: fx.Node, given: Any, kind: str) -> Iterator[tuple[str, Callable[[fx.Node], Any]]]:
@@ -308,7 +309,19 @@ def attend(
     sink: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return semantic.attend(
-        query, key, value, bounds, key_mask, query_documents, key_documents, mask, scale, softcap, chunk, empty_row, sink
+        query,
+        key,
+        value,
+        bounds,
+        key_mask,
+        query_documents,
+        key_documents,
+        mask,
+        scale,
+        softcap,
+        chunk,
+        empty_row,
+        sink,
     )
 
 
@@ -351,4 +364,8 @@ def wrong_attentions(program: Program, find: Find) -> list[str]:
         rewrite(module, aliases, types.SimpleNamespace(choices=choices), Emitter)  # type: ignore[arg-type]
         got = results(module)
     pairs = zip(torch.utils._pytree.tree_leaves(got), torch.utils._pytree.tree_leaves(expected))
-    return ["the rewritten graph gives something else"] if not all(_same(a, b, _is_coarse(program)) for a, b in pairs) else []
+    return (
+        ["the rewritten graph gives something else"]
+        if not all(_same(a, b, _is_coarse(program)) for a, b in pairs)
+        else []
+    )

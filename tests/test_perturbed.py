@@ -22,6 +22,8 @@ from lz_compile.patterns.rope import find_ropes
 from lz_compile.patterns.sampling import find_samplings
 from perturbation import Program, perturbed, trace, wrong_attentions, wrong_meanings
 
+pytestmark = pytest.mark.perturbed
+
 # All sizes are equal where they may be: shapes alone do not tell one dimension from another.
 SIZE = 6
 
@@ -164,7 +166,18 @@ def _chunks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-ATTENTIONS = [_plain, _grouped, _softcap, _sink, _biased, _stacked, _einsum, _sdpa, _documents, _chunks]
+ATTENTIONS: dict[str, Callable[..., torch.Tensor]] = {
+    "plain": _plain,
+    "grouped": _grouped,
+    "softcap": _softcap,
+    "sink": _sink,
+    "biased": _biased,
+    "stacked": _stacked,
+    "einsum": _einsum,
+    "sdpa": _sdpa,
+    "documents": _documents,
+    "chunks": _chunks,
+}
 
 
 def _attention(fn: Callable[..., torch.Tensor]) -> Program:
@@ -173,7 +186,7 @@ def _attention(fn: Callable[..., torch.Tensor]) -> Program:
 
 # -- all of them
 
-Check = Callable[[Program], list[str]]
+Wrong = Callable[[Program], list[str]]
 MEANINGS: dict[str, tuple[Callable[[], Program], Any]] = {
     **{name: (functools.partial(_filter, name), find_samplings) for name in FILTERS},
     "norm of Llama": (lambda: _norm(LlamaRMSNorm, torch.bfloat16), find_rms_norms),
@@ -186,15 +199,19 @@ MEANINGS: dict[str, tuple[Callable[[], Program], Any]] = {
 }
 
 
-def program_of(name: str) -> tuple[Program, Check]:
+def program_of(name: str) -> tuple[Program, Wrong]:
     if name in MEANINGS:
         build, find = MEANINGS[name]
-        return build(), lambda program: wrong_meanings(program, globals()[find.__name__])
-    fn = next(fn for fn in ATTENTIONS if fn.__name__ == name)
-    return _attention(fn), lambda program: wrong_attentions(program, globals()["find_attention"])
+        return build(), lambda program: wrong_meanings(program, find)
+    return _attention(ATTENTIONS[name]), lambda program: wrong_attentions(program, find_attention)
 
 
-@pytest.mark.parametrize("name", [*MEANINGS, *(fn.__name__ for fn in ATTENTIONS)])
+# A quick suite has the quick ones; the others are traced by tests/mutation.py all the same.
+_QUICK = [*MEANINGS, "plain", "einsum", "stacked"]
+
+
+@pytest.mark.slow_but(*_QUICK)
+@pytest.mark.parametrize("name", [*MEANINGS, *ATTENTIONS])
 def test_what_is_matched_with_one_thing_changed_means_what_is_computed(name: str) -> None:
     program, wrong = program_of(name)
     assert not wrong(program)
@@ -203,12 +220,3 @@ def test_what_is_matched_with_one_thing_changed_means_what_is_computed(name: str
         count += 1
         assert not wrong(other), text
     assert count > 10
-
-
-def all_programs(families: str) -> list:
-    out = []
-    for name in [*MEANINGS, *(fn.__name__ for fn in ATTENTIONS)]:
-        if families != "all" and name not in families.split(";"): continue
-        program, wrong = program_of(name)
-        out += [(f"{name} {text}", other, wrong) for text, other in perturbed(program)]
-    return out

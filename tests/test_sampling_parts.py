@@ -55,9 +55,13 @@ def _twice(removed: torch.Tensor) -> None:
     last.logical_not_()
 
 
-def _and_all(removed: torch.Tensor) -> None:
+def _turn_over_a_column(removed: torch.Tensor) -> None:
+    removed.select(1, 0).logical_not_()
+
+
+def _and_a_column(removed: torch.Tensor) -> None:
     removed[..., -1:].fill_(False)
-    removed.logical_not_()
+    _turn_over_a_column(removed)
 
 
 def _other_sums(x: torch.Tensor) -> torch.Tensor:
@@ -134,21 +138,21 @@ NONE: dict[str, Filtering] = {
     "top-k of three dimensions": lambda x: top_k(x[None]),
     "top-k of integers": lambda x: top_k((4 * x).to(torch.int64), -9),
     "top-p: what is kept is written twice": lambda x: top_p(x, _twice),
-    "top-p: and all are turned over": lambda x: top_p(x, _and_all),
+    "top-p: and a column is turned over": lambda x: top_p(x, _and_a_column),
     "top-p: another write stands in front, its own behind": lambda x: top_p(
-        x, lambda removed: removed.logical_not_(), lambda removed: removed[..., -1:].fill_(False)
+        x, _turn_over_a_column, lambda removed: removed[..., -1:].fill_(False)
     ),
     "top-p: the first are kept": lambda x: top_p(x, lambda removed: removed[..., 2:].fill_(False)),
     "top-p: all are kept": lambda x: top_p(x, lambda removed: removed[..., 0:].fill_(False)),
     "top-p: sums of other scores": _other_sums,
     "top-p: an order of other scores": _another_sorts_order,
     "min-p: the largest of other scores are kept": lambda x: min_p(x, lambda x, weights: -x),
-    "min-p: and all are turned over": lambda x: min_p(x, afterwards=lambda removed: removed.logical_not_()),
+    "min-p: and a column is turned over": lambda x: min_p(x, afterwards=_turn_over_a_column),
     "typical: none is kept": lambda x: typical(x, lambda removed: removed[..., :0].fill_(False)),
     "typical: all are kept": lambda x: typical(x, lambda removed: removed[..., 0:].fill_(False)),
     "typical: the logarithm in another dtype": lambda x: typical(x, dtype=torch.float64),
     "typical: the nearest of other scores": lambda x: typical(x, nearest=lambda a, distance: (2 * distance).sort()[0]),
-    "typical: a number of tokens that changes": lambda x: typical(x, below=lambda count: count.zero_()),
+    "typical: a number of tokens that changes": lambda x: typical(x, below=lambda count: count.select(0, 0).zero_()),
 }
 
 
