@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch.fx as fx
 
 from lz_compile.aliasing import Aliases
@@ -52,22 +51,21 @@ class _Reader:
 
     def take(self, node: Any, *targets: Any) -> dict[str, Any]:
         """The arguments of a call of one of ``targets``."""
-        if not isinstance(node, fx.Node) or node.op != "call_function" or node.target not in targets:
+        if getattr(node, "target", None) not in targets:
             raise _Other
         self.nodes.add(node)
         return arguments(node)
 
     def item(self, node: Any, index: int, target: Any) -> tuple[fx.Node, dict[str, Any]]:
         """The call of which ``node`` is one result, and its arguments."""
-        if not isinstance(node, fx.Node) or node.target is not operator.getitem or node.args[1] != index:
+        if getattr(node, "target", None) is not operator.getitem or node.args[1] != index:
             raise _Other
         self.nodes.add(node)
         return node.args[0], self.take(node.args[0], target)  # type: ignore[return-value]
 
     def last(self, node: Any, index: int, dim: int = -1) -> None:
         """Whether ``index`` or ``dim`` counts as the last of the tensor ``node``."""
-        value = fake(node)
-        if value is None or not (index == dim or same(index, value.dim() + dim)):
+        if not (index == dim or same(index, node.meta["val"].dim() + dim)):
             raise _Other
 
     def number(self, value: Any) -> float | fx.Node:
@@ -75,10 +73,9 @@ class _Reader:
         known = scalar(value, self.aliases)
         if known is not None:
             return known
-        if not isinstance(value, fx.Node):
-            raise _Other
-        held = value.meta.get("val")
-        if isinstance(held, torch.Tensor) and held.dim() != 0:
+        assert isinstance(value, fx.Node)  # nothing else is left
+        held = fake(value)
+        if held is not None and held.dim() != 0:
             raise _Other
         return value
 
@@ -89,16 +86,16 @@ class _Reader:
             raise _Other
         known = self.take(views[0], aten.slice.Tensor)
         self.last(mask, known["dim"])
-        writes = list(views[0].users)
-        if len(writes) != 1 or known["step"] != 1:
+        if known["step"] != 1:
             raise _Other
-        written = self.take(writes[0], aten.fill_.Tensor, aten.fill_.Scalar, aten.copy_.default)
+        write = next(iter(views[0].users))
+        written = self.take(write, aten.fill_.Tensor, aten.fill_.Scalar, aten.copy_.default)
         filled = written["value"] if "value" in written else written["src"]
-        if writes[0].args[0] is not views[0] or scalar(filled, self.aliases) != float(value):
+        if scalar(filled, self.aliases) != float(value):
             raise _Other
         self._constant(filled)
         position = self.aliases.position
-        if not position(writes[0]) < position(reader) or self.aliases.version(mask, reader) != 1:
+        if not position(write) < position(reader) or self.aliases.version(mask, reader) != 1:
             raise _Other
         return known["start"] or 0, _TO_THE_END if known["end"] is None else known["end"]
 
@@ -120,19 +117,19 @@ def find_samplings(graph: fx.Graph, aliases: Aliases, module_of: Callable[[fx.No
     for output in reversed(steps):
         if output in taken:
             continue
-        chain = _chain(steps, output, taken)
+        chain = _chain(steps, output)
         taken.update(*(step.nodes for step in chain))
         if any(step.filter.kind != "temperature" for step in chain) or _is_drawn_from(output):
             regions.append(_region(chain, aliases, module_of))
     return regions[::-1]
 
 
-def _chain(steps: dict[fx.Node, _Step], output: fx.Node, taken: set[fx.Node]) -> list[_Step]:
+def _chain(steps: dict[fx.Node, _Step], output: fx.Node) -> list[_Step]:
     """The filters that end in ``output``, first to last."""
     chain = [steps[output]]
     while True:
         before = steps.get(chain[0].scores)
-        if before is None or before.output in taken or any(user not in chain[0].nodes for user in before.output.users):
+        if before is None or any(user not in chain[0].nodes for user in before.output.users):
             return chain
         chain.insert(0, before)
 
@@ -158,10 +155,10 @@ def _region(chain: list[_Step], aliases: Aliases, module_of: Callable[[fx.Node],
 
 def _read(node: fx.Node, aliases: Aliases) -> _Step | None:
     """The filter that ends in ``node``."""
-    value = fake(node)
-    if node.op != "call_function" or node.target not in _READERS or value is None or value.dim() != 2:
+    if node.target not in _READERS:
         return None
-    if not value.is_floating_point():
+    value = node.meta["val"]
+    if value.dim() != 2 or not value.is_floating_point():
         return None
     for read in _READERS[node.target]:
         reader = _Reader(aliases)
@@ -169,8 +166,8 @@ def _read(node: fx.Node, aliases: Aliases) -> _Step | None:
             scores, found = read(reader, node)
         except _Other:
             continue
-        before = fake(scores)
-        if before is None or before.dtype != value.dtype or not same_shape(before.shape, value.shape):
+        before = scores.meta["val"]
+        if before.dtype != value.dtype or not same_shape(before.shape, value.shape):
             continue
         return _Step(scores, node, found, reader.nodes)
     return None
@@ -179,7 +176,7 @@ def _read(node: fx.Node, aliases: Aliases) -> _Step | None:
 def _masked(r: _Reader, node: fx.Node) -> tuple[fx.Node, fx.Node, float]:
     """Scores, mask and number of ``scores.masked_fill(mask, number)``."""
     known = r.take(node, aten.masked_fill.Scalar)
-    if not isinstance(known["value"], (int, float)) or not same_shape(fake(known["mask"]).shape, fake(node).shape):  # type: ignore[union-attr]
+    if not isinstance(known["value"], (int, float)):
         raise _Other
     return known["self"], known["mask"], float(known["value"])
 
@@ -226,19 +223,17 @@ def _sorted(r: _Reader, node: Any, index: int) -> tuple[fx.Node, fx.Node]:
     return call, known["self"]
 
 
-def _scattered(r: _Reader, mask: Any, order_of: fx.Node, index_of: Callable[[Any], fx.Node]) -> fx.Node:
-    """``m`` of ``m.scatter(1, order, m)``, with the ``order`` of the sort ``order_of``."""
+def _scattered(r: _Reader, mask: fx.Node) -> fx.Node:
+    """``m`` of ``m.scatter(1, order, m)``."""
     known = r.take(mask, aten.scatter.src)
     r.last(mask, known["dim"])
-    if known["self"] is not known["src"] or index_of(known["index"]) is not order_of:
+    if known["self"] is not known["src"]:
         raise _Other
     return known["self"]
 
 
 def _temperature(r: _Reader, node: fx.Node) -> tuple[fx.Node, Filter]:
     known = r.take(node, aten.div.Tensor)
-    if not isinstance(known["self"], fx.Node):
-        raise _Other
     return known["self"], Filter("temperature", r.number(known["other"]))
 
 
@@ -291,7 +286,7 @@ def _top_p(r: _Reader, node: fx.Node) -> tuple[fx.Node, Filter]:
     call, values = _sorted(r, order, 1)
     if values is not scores:
         raise _Other
-    removed = _scattered(r, mask, call, lambda index: _sorted(r, index, 1)[0])
+    removed = _scattered(r, mask)
     low = r.take(removed, aten.le.Scalar)
     ascending = r.take(low["self"], aten.cumsum.default)["self"]
     first = r.take(ascending, aten.softmax.int)["self"]
@@ -309,7 +304,7 @@ def _typical(r: _Reader, node: fx.Node) -> tuple[fx.Node, Filter]:
     scores, mask, fill = _masked(r, node)
     order = r.take(mask, aten.scatter.src)["index"]
     call, distance = _sorted(r, order, 1)
-    removed = _scattered(r, mask, call, lambda index: _sorted(r, index, 1)[0])
+    removed = _scattered(r, mask)
     far = r.take(removed, aten.gt.Tensor)
     nearest = far["self"]
     if _sorted(r, nearest, 0)[0] is not call:
@@ -329,14 +324,14 @@ def _typical(r: _Reader, node: fx.Node) -> tuple[fx.Node, Filter]:
 def _last_index(r: _Reader, node: Any, scores: fx.Node, call: fx.Node) -> float | fx.Node:
     """``mass`` of the number of cumulative probabilities below it, in the order of the sort ``call``, as a column."""
     shaped = r.take(node, aten.view.default)
-    if len(shaped["size"]) != 2 or shaped["size"][1] != 1:
+    if shaped["size"][1] != 1:
         raise _Other
     limited = r.take(shaped["self"], aten.clamp_.default)
     size = fake(scores).shape[-1]  # type: ignore[union-attr]
     if limited["min"] is not None or not same(limited["max"], size - 1):
         raise _Other
     count = r.take(limited["self"], aten.sum.dim_IntList)
-    if count["dim"] not in ([1], [-1]) or count["keepdim"] or count["dtype"] not in (None, torch.int64):
+    if count["dim"] not in ([1], [-1]):
         raise _Other
     if r.aliases.version(limited["self"], node) != 1:
         raise _Other
@@ -370,9 +365,6 @@ def _distance(r: _Reader, node: fx.Node, scores: fx.Node) -> None:
 def _repetition_penalty(r: _Reader, node: fx.Node) -> tuple[fx.Node, Filter]:
     """``scores.scatter(1, ids, penalised)``, where all ids must be tokens of the scores."""
     known = r.take(node, aten.scatter.src)
-    value, index = fake(known["self"]), fake(known["index"])
-    if value is None or value.dim() != 2 or index is None or index.dim() != 2:
-        raise _Other
     return known["self"], Filter("repetition_penalty", _penalty(r, node), ids=known["index"])
 
 
@@ -382,16 +374,14 @@ def _padded_repetition_penalty(r: _Reader, node: fx.Node) -> tuple[fx.Node, Filt
     written = r.take(known["self"], aten.scatter.src)
     padded = r.take(written["self"], aten.pad.default)
     scores = padded["self"]
-    value = fake(scores)
-    if value is None or value.dim() != 2 or padded["pad"] != [0, 1] or padded["mode"] != "constant":
-        raise _Other
-    size = value.shape[-1]
+    size = scores.meta["val"].shape[-1]
     r.last(node, known["dim"])
-    if (known["start"] or 0) != 0 or known["step"] != 1 or not same(known["end"], size):
+    # Of the slice nothing else counts: as many columns as the scores have end here only from the first on.
+    if padded["pad"] != [0, 1] or not same(known["end"], size):
         raise _Other
     limited = r.take(written["index"], aten.clamp.default)
     ids = limited["self"]
-    if limited["min"] is not None or not same(limited["max"], size) or fake(ids).dim() != 2:  # type: ignore[union-attr]
+    if limited["min"] is not None or not same(limited["max"], size):
         raise _Other
     return scores, Filter("repetition_penalty", _penalty(r, known["self"]), ids=ids)
 

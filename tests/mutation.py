@@ -60,6 +60,8 @@ TRACED = [
     "tests/test_expert_parts.py",
     "tests/test_packing.py",
     "tests/test_sampling.py",
+    "tests/test_sampling_parts.py",
+    "tests/test_perturbed.py",
     "tests/test_needed_rows.py",
     "tests/test_road.py",
     "tests/test_gpu.py",
@@ -73,6 +75,8 @@ _LATER = "a later step declines the same graphs"
 _PURE = "saves work only"
 _NEXT = "the conditions that follow hold for the same graphs"
 EQUIVALENT: dict[str, str] = {
+    "sampling.py find_samplings: "
+    'not any(graph.find_nodes(op="call_function", target=target, sort=False) for target in _TELLING)': _PURE,
     "attention.py _require_stacking: not fits": _NEXT,
     "attention.py _einsum_form: not len(left) == len(right) == len(output) == 4": _NEXT,
     "cache.py _is_last: len(indices) != 3": _NEXT,
@@ -236,7 +240,7 @@ def trace(arguments: argparse.Namespace) -> None:
     tree = stage(FOLDER)
     files = [name for name in arguments.tests_of or TRACED if (ROOT / name.partition("::")[0]).exists()]
     parts = [FOLDER / f"trace{i}.json" for i in range(arguments.jobs)]
-    plugin = ["-p", "mutation", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not gpu and not slow"]
+    plugin = ["-p", "mutation", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not gpu and (not slow or perturbed)"]
     env = environment(FOLDER) | {"LZ_MUTATION_TRACE": str(tree / "lz_compile" / "patterns")}
     env["PYTHONPATH"] += os.pathsep + str(ROOT / "tests")
 
@@ -366,7 +370,7 @@ def examine(guard: Guard, traced: dict[str, Any], folder: Path, most: int, secon
         families[family] += 1
         if cost.get(test, 9.0) < _QUICK:
             chosen.append(test)
-        elif families[family] <= 4:
+        elif families[family] <= 12:
             slow.append(test)
     chosen += slow[:most]
     record = {"guard": str(guard), "tests": len(chosen), "reached": len(reached)}
