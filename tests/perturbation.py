@@ -245,6 +245,11 @@ def _changed(program: Program, index: int, change: Change) -> Program | None:
         return None
 
 
+def is_matched(program: Program, find: Find) -> bool:
+    graph = program.module.graph
+    return any(not region.declined for region in find(graph, Aliases(graph), lambda node: ""))
+
+
 def wrong_meanings(program: Program, find: Find) -> list[str]:
     """Regions whose inputs, put into their meaning where they stand in the graph, do not give their output."""
     graph = program.module.graph

@@ -20,7 +20,7 @@ from lz_compile.patterns.glu import find_glus
 from lz_compile.patterns.norms import find_rms_norms
 from lz_compile.patterns.rope import find_ropes
 from lz_compile.patterns.sampling import find_samplings
-from perturbation import Program, perturbed, trace, wrong_attentions, wrong_meanings
+from perturbation import Program, is_matched, perturbed, trace, wrong_attentions, wrong_meanings
 
 pytestmark = pytest.mark.perturbed
 
@@ -199,11 +199,12 @@ MEANINGS: dict[str, tuple[Callable[[], Program], Any]] = {
 }
 
 
-def program_of(name: str) -> tuple[Program, Wrong]:
+def program_of(name: str) -> tuple[Program, Any, Wrong]:
+    """A program, who finds its regions, and what is wrong with those of a program like it."""
     if name in MEANINGS:
         build, find = MEANINGS[name]
-        return build(), lambda program: wrong_meanings(program, find)
-    return _attention(ATTENTIONS[name]), lambda program: wrong_attentions(program, find_attention)
+        return build(), find, lambda program: wrong_meanings(program, find)
+    return _attention(ATTENTIONS[name]), find_attention, lambda program: wrong_attentions(program, find_attention)
 
 
 # A quick suite has the quick ones; the others are traced by tests/mutation.py all the same.
@@ -213,8 +214,8 @@ _QUICK = [*MEANINGS, "plain", "einsum", "stacked"]
 @pytest.mark.slow_but(*_QUICK)
 @pytest.mark.parametrize("name", [*MEANINGS, *ATTENTIONS])
 def test_what_is_matched_with_one_thing_changed_means_what_is_computed(name: str) -> None:
-    program, wrong = program_of(name)
-    assert not wrong(program)
+    program, find, wrong = program_of(name)
+    assert is_matched(program, find) and not wrong(program)
     count = 0
     for text, other in perturbed(program):
         count += 1
