@@ -127,3 +127,66 @@ def test_what_only_looks_like_attention_is_left_alone(name: str) -> None:
     fn = ANOTHER[name]
     found = [region for region in regions(fn, Q, K, V, BIAS) if not region.declined]
     assert not found
+
+
+def stacked(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, SIZE, SIZE)
+
+
+def added(q: torch.Tensor, k: torch.Tensor, b: torch.Tensor, beta: float = 1.0, alpha: float = 0.4) -> torch.Tensor:
+    bias = b.expand(SIZE * SIZE, SIZE, SIZE)
+    return torch.baddbmm(bias, stacked(q), stacked(k).transpose(1, 2), beta=beta, alpha=alpha)
+
+
+def einsum(first: str, second: str) -> Attention:
+    return lambda q, k, v, b: torch.einsum(second, torch.einsum(first, q, k).softmax(-1), v)
+
+
+EITHER: dict[str, Attention] = {
+    "baddbmm": lambda q, k, v, b: added(q, k, b).softmax(-1) @ stacked(v),
+    "baddbmm, half of the bias": lambda q, k, v, b: added(q, k, b, beta=0.5).softmax(-1) @ stacked(v),
+    "baddbmm, no bias": lambda q, k, v, b: added(q, k, b, beta=0.0).softmax(-1) @ stacked(v),
+    "baddbmm, scaled after": lambda q, k, v, b: (added(q, k, b) * 0.5).softmax(-1) @ stacked(v),
+    "baddbmm, a second bias": lambda q, k, v, b: (added(q, k, b) + b.T).softmax(-1) @ stacked(v),
+    "baddbmm, hidden after": lambda q, k, v, b: added(q, k, b).masked_fill(b > 1, -math.inf).softmax(-1) @ stacked(v),
+    "baddbmm, a softcap after": lambda q, k, v, b: (torch.tanh(added(q, k, b) / 3) * 3).softmax(-1) @ stacked(v),
+    "baddbmm, apart for the mask": lambda q, k, v, b: (
+        stacked((added(q, k, b).view(q.shape) + b[:, None]).softmax(-1)) @ stacked(v)
+    ),
+    "baddbmm, apart for the softmax": lambda q, k, v, b: stacked(added(q, k, b).view(q.shape).softmax(-1)) @ stacked(v),
+    "letters": einsum("bhid,bhjd->bhij", "bhij,bhjd->bhid"),
+    "letters: scores transposed": einsum("bhid,bhjd->bhji", "bhij,bhjd->bhid"),
+    "letters: heads of another batch": einsum("bhid,hbjd->bhij", "bhij,bhjd->bhid"),
+    "letters: batch and heads change places": einsum("bhid,bhjd->hbij", "bhij,bhjd->bhid"),
+    "letters: heads in the middle": einsum("bihd,bjhd->bhij", "bhij,bjhd->bihd"),
+    "letters: weights transposed": einsum("bhid,bhjd->bhij", "bhji,bhjd->bhid"),
+    "letters: values by column": einsum("bhid,bhjd->bhij", "bhij,bhdj->bhid"),
+    "letters: values of another batch": einsum("bhid,bhjd->bhij", "bhij,hbjd->bhid"),
+    "letters: a sum over everything": einsum("bhid,bhjc->bhij", "bhij,bhjd->bhid"),
+    "letters: the same key twice": einsum("bhid,bhid->bhi", "bhi,bhid->bhid"),
+    "values that broadcast": lambda q, k, v, b: (scores(q, k) + b).softmax(-1) @ v[:, :1],
+    "queries that broadcast": lambda q, k, v, b: (scores(q[:1], k) + b).softmax(-1) @ v,
+    "a mask that broadcasts the scores": lambda q, k, v, b: (
+        (scores(q[:1], k[:1]) + b[:, None, None, :]).softmax(-1) @ v
+    ),
+    "other head sizes": lambda q, k, v, b: (scores(q[..., :4], k[..., :4]) + b).softmax(-1) @ v[..., :3],
+    "one head of keys": lambda q, k, v, b: F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], b),
+    "no queries": lambda q, k, v, b: (scores(q[:, :, :0], k) + b[:0]).softmax(-1) @ v,
+    "a negative scale": lambda q, k, v, b: (q @ k.transpose(2, 3) * -0.4 + b).softmax(-1) @ v,
+    "a scale of nothing": lambda q, k, v, b: (q @ k.transpose(2, 3) * 0.0 + b).softmax(-1) @ v,
+    "a sum in place": lambda q, k, v, b: scores(q, k).add_(b).softmax(-1) @ v,
+    "scores added to something else": lambda q, k, v, b: (
+        b.expand(SIZE, SIZE, SIZE, SIZE).clone().add_(scores(q, k)).softmax(-1) @ v
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EITHER)
+def test_what_is_read_means_what_it_computes(name: str) -> None:
+    fn = EITHER[name]
+    assert not wrong_attentions(trace(lambda *given: fn(*given), Q, K, V, BIAS), find_attention)
+
+
+def test_most_of_these_are_read() -> None:
+    read = [name for name, fn in EITHER.items() if any(not region.declined for region in regions(fn, Q, K, V, BIAS))]
+    assert len(read) > len(EITHER) / 2, read
