@@ -39,6 +39,7 @@ FOLDER = ROOT / "build" / "mutation"
 TRACE, RESULTS = FOLDER / "trace.json", FOLDER / "results.jsonl"
 TRACED = [
     "tests/test_attention_patterns.py",
+    "tests/test_attention_parts.py",
     "tests/test_masks.py",
     "tests/test_norms.py",
     "tests/test_glu.py",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from lz_compile.patterns.sampling import find_samplings
 from perturbation import Program, trace, wrong_meanings
 
 INF = torch.inf
-Filtering = Callable[[torch.Tensor], torch.Tensor]
+Filtering = Callable[[torch.Tensor], Any]
 
 
 def found(graph: fx.Graph) -> list[str]:
@@ -132,6 +133,21 @@ SPELLED: dict[str, tuple[Filtering, str]] = {
 def test_a_spelling_is_read(name: str) -> None:
     fn, pattern = SPELLED[name]
     assert patterns(fn) == [pattern]
+
+
+def test_a_result_that_someone_else_reads_ends_a_chain() -> None:
+    def both(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        kept = top_k(x)
+        return top_k(kept - 1), kept
+
+    def chained(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        kept = top_k(x)
+        return min_p(kept), kept
+
+    assert patterns(both) == ["top_k 5", "top_k 5"]
+    assert patterns(chained) == ["top_k 5", "min_p 0.1"]
+    program = traced(chained)
+    assert not any(r.declined for r in find_samplings(program.module.graph, Aliases(program.module.graph), str))
 
 
 NONE: dict[str, Filtering] = {
