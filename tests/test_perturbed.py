@@ -208,7 +208,8 @@ def program_of(name: str) -> tuple[Program, Any, Wrong]:
 
 
 # A quick suite has the quick ones; the others are traced by tests/mutation.py all the same.
-_QUICK = [*MEANINGS, "plain", "einsum", "stacked"]
+_SLOW = {"top-p, 3", "min-p, 3", "typical", "typical, 3", "rotation in bfloat16"}
+_QUICK = [*(name for name in MEANINGS if name not in _SLOW), "plain", "einsum"]
 
 
 @pytest.mark.slow_but(*_QUICK)
