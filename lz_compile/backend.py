@@ -29,6 +29,7 @@ from lz_compile.report import GraphReport, RegionReport, publish, watched
 from lz_compile.rewrite import as_laid_out, is_copied, laid_out, replace, rewrite
 
 if TYPE_CHECKING:
+    from lz_compile.dump import Dump
     from lz_compile.measure import Terms
     from lz_compile.plan import Market, Plan
 
@@ -55,9 +56,10 @@ def layerzero(
     with config.patch(ours):
         report = GraphReport.start(mode, options)
         packing = Packing(example_inputs)
-        rewritten = improve(module, report, inductor, packing)
-        with report.step("Inductor"):
-            compiled = _compile(compile_fx, module, rewritten, packing, inductor, report)
+        with _dumped(module, example_inputs, report) as dump:
+            rewritten = improve(module, report, inductor, packing, dump)
+            with report.step("Inductor"):
+                compiled = _compile(compile_fx, module, rewritten, packing, inductor, report)
     publish(report)
     return watched(compiled, report)
 
@@ -72,16 +74,28 @@ def _reset() -> None:
 layerzero.reset = _reset  # type: ignore[attr-defined]
 
 
+def _dumped(
+    module: fx.GraphModule, example_inputs: list[Any], report: GraphReport
+) -> contextlib.AbstractContextManager[Dump | None]:
+    """The dump of this graph, None unless ``config.dump`` asks for one."""
+    if not config.dump:
+        return contextlib.nullcontext()
+    from lz_compile.dump import dumped
+
+    return dumped(module, example_inputs, report)
+
+
 def improve(
     module: fx.GraphModule,
     report: GraphReport,
     inductor: dict[str, Any] | None = None,
     packing: Packing | None = None,
+    dump: Dump | None = None,
 ) -> fx.GraphModule | None:
     """The rewritten graph, or None when nothing was replaced; the report says why.
 
     ``inductor`` are the config patches that Inductor will get.  Where ``packing`` is given parameters may move: the
-    rewritten graph then takes ``packing.example_inputs()``.
+    rewritten graph then takes ``packing.example_inputs()``.  ``dump`` writes down the graphs on the way.
 
     Raises:
         PolicyError: the user's policy cannot be read, or a lock in it cannot be honoured.
@@ -94,15 +108,25 @@ def improve(
             receipt.note = report.reason
             return None
         receipt.note = f"{len(module.graph.nodes)} Dynamo nodes, {len(normal.graph.nodes)} ATen nodes"
+    if dump is not None:
+        dump.normalised(normal)
     rewritten = None
     with _left_to_inductor(report, "rewrite"):
-        if _transform(normal, report, inductor or {}, packing):
+        if _transform(normal, report, inductor or {}, packing, dump):
             spell_out_constants(normal)
             rewritten = normal
+    if dump is not None and rewritten is not None:
+        dump.rewritten(rewritten)
     return rewritten
 
 
-def _transform(normal: fx.GraphModule, report: GraphReport, inductor: dict[str, Any], packing: Packing | None) -> bool:
+def _transform(
+    normal: fx.GraphModule,
+    report: GraphReport,
+    inductor: dict[str, Any],
+    packing: Packing | None,
+    dump: Dump | None = None,
+) -> bool:
     """Changes the graph by what was found in it; whether anything was."""
     from lz_compile.graph_safety import skipped_reasons
     from lz_compile.lowering.emit import Emitter
@@ -175,6 +199,8 @@ def _transform(normal: fx.GraphModule, report: GraphReport, inductor: dict[str, 
     if plan.measured:
         report.set_apart("measure", plan.measured, plan.measuring)
     described = [RegionReport.describe(choice) for choice in plan.choices]
+    if dump is not None:
+        dump.regions(normal, plan)
     with report.step("rewrite") as receipt:
         replaced = rewrite(normal, aliases, plan, Emitter)
         receipt.note = f"{replaced} of {len(regions)} regions replaced"

@@ -46,6 +46,13 @@ pack_devices: list[str] = ["cuda"]
 # Needed for a fast one inside CUDA graphs: without it such rows are found and run as in eager, which asks the device.
 rounded_filters: bool = False
 
+# Write a folder for each compiled graph into this one: its graphs as Python that runs, the plan, and a comparison of
+# backends (see lz_compile.dump).  LZ_COMPILE_DUMP sets it for a process.
+dump: str = os.environ.get("LZ_COMPILE_DUMP", "")
+
+# Store parameters and buffers with a dump; they are made up otherwise.
+dump_weights: bool = False
+
 # Region kinds to look for, where some kernel runs on the graph's device; an empty list leaves every graph to Inductor.
 # Not among them unless asked for: "rolled_window", by which a full sliding cache on CUDA moves its rows in place.
 kinds: list[str] = ["attention", "rope_table", "rms_norm", "glu", "rope", "moe", "sampling", "projections"]

@@ -54,7 +54,7 @@ def _checked(name: str, value: Any, default: Any) -> Any:
         value = list(value)
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if name == "policy" and isinstance(value, os.PathLike):
+    if name in ("policy", "dump") and isinstance(value, os.PathLike):
         value = os.fspath(value)
     if not isinstance(value, type(default)):
         raise OptionError(f"option {name!r} takes a {type(default).__name__}, not {value!r}")
