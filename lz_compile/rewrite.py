@@ -52,7 +52,7 @@ def rewrite(module: fx.GraphModule, aliases: Aliases, plan: Plan, make_emitter: 
             name = choice.kernel.name
             log.warning("%s: %s failed to emit, left to Inductor: %s", choice.region.module, name, error)
             choice.rejected[name] = f"failed: {error}"
-            choice.kernel, choice.reason = None, f"{name} failed: {error}"
+            choice.kernel, choice.reason, choice.cause = None, f"{name} failed: {error}", "failed"
     if results:
         replace(module.graph, results)
         module.recompile()
