@@ -403,7 +403,7 @@ class _Bench:
             begin = time.perf_counter()
             try:
                 verdict, module = self._qualify(kernel)
-                log.info("lz-compile: %s took %.1f s to qualify", kernel.name, time.perf_counter() - begin)
+                log.debug("lz-compile: %s took %.1f s to qualify", kernel.name, time.perf_counter() - begin)
             except torch.OutOfMemoryError:
                 self.skipped[kernel.name] = _NO_MEMORY
                 _give_memory_back(self.gathering.device)

@@ -104,8 +104,14 @@ class _Site:
     candidates: list[Kernel] = field(default_factory=list)
     rejected: dict[str, str] = field(default_factory=dict)
     judgement: Judgement | None = None
+    ruled_out: list[Kernel] = field(default_factory=list)
     evidence: Evidence = field(default_factory=Evidence)
     key: Any = None
+
+    @property
+    def overruled(self) -> bool:
+        """Whether a kernel would fit that an option or the policy rules out."""
+        return any(_why_not(kernel, self.region) is None for kernel in self.ruled_out)
 
     @property
     def leaving_allowed(self) -> bool:
@@ -165,8 +171,10 @@ def _site(region: Region, market: Market, policy: Policy, mode: str) -> _Site:
     for kernel in kinds:
         if any(fnmatchcase(kernel.name, pattern) for pattern in config.disable):
             site.rejected[kernel.name] = "disabled by option"
+            site.ruled_out.append(kernel)
         elif by_policy := judgement.why_not(kernel.name):
             site.rejected[kernel.name] = by_policy
+            site.ruled_out.append(kernel)
         elif why_not := _why_not(kernel, region):
             site.rejected[kernel.name] = why_not
         else:
@@ -465,13 +473,13 @@ def _reason_to_leave(site: _Site) -> tuple[Cause, str]:
     others = [name for name in figures if name != INDUCTOR]
     if not others:
         if not site.candidates:
-            return "no kernel fits", "no kernel takes it"
+            return "overruled" if site.overruled else "no kernel fits", "no kernel takes it"
         if site.evidence.unmeasured:
             return "not measured", "no kernel was measured"
         return "not qualified", "no kernel qualified"
     mine = figures.get(INDUCTOR)
     if not site.leaving_allowed:
-        return "policy", "no allowed kernel takes it"
+        return "overruled", "no allowed kernel takes it"
     if mine is None or mine.source == "estimated":
         return "slower", "estimated to be the fastest"
     best = min(others, key=_by_time(site))

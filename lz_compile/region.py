@@ -125,7 +125,7 @@ Cause = Literal[
     "no kernel fits",
     "not measured",
     "not qualified",  # what fits is wrong or unsafe
-    "policy",
+    "overruled",  # by an option or the policy
     "slower",  # than what Inductor makes of it
     "covered",  # by the kernel of a neighbour: not a fallback
     "weights stay",

@@ -140,7 +140,7 @@ def _tensor_text(value: torch.Tensor) -> str:
     return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device.type}"
 
 
-# "unsupported" graphs were not read; of a "failed" one the reason tells the failure, and Inductor compiled it as it came;
+# "unsupported" graphs were not read; a "failed" one went to Inductor as it came, and its reason tells of the failure;
 # "raised": the compile ended with an exception.
 Outcome = Literal["rewritten", "unchanged", "unsupported", "failed", "raised"]
 
