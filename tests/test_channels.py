@@ -1,4 +1,5 @@
-"""PyTorch's own channels: TORCH_LOGS, the real tlparse, counters, names in Inductor's output."""
+"""PyTorch's own channels: TORCH_LOGS, the real tlparse, counters, names in Inductor's output, the
+settings in words."""
 
 from __future__ import annotations
 
@@ -19,9 +20,10 @@ import torch
 from torch._dynamo.utils import counters
 
 from blocks import Blocks, without_inductor
-from lz_compile import channels
+from lz_compile import channels, config
 from lz_compile.normalize import module_path
 from lz_compile.report import GraphReport, Receipt, RegionReport
+from lz_compile.settings import settings
 from road import compile_road
 
 REGION = RegionReport("attention", "m.layers.0.attn", "sdpa", "batch 1", "causal", "", "cpu.ranges", "reads fewer keys")
@@ -181,6 +183,42 @@ def test_the_real_tlparse_lists_our_artifacts_for_each_compile_id(tmp_path: Path
         sites = 1 + (compile_id == ids[2])
         assert f"[{name}]: {sites} of {sites} attention sites" in files["layerzero_report.txt"].read_text()
         assert files["layerzero_graph.txt"].read_text().count("lz_attention_layers") >= sites
+
+
+# -- the settings in words
+
+
+def test_the_config_prints_each_setting_its_value_where_that_comes_from_and_what_it_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("LZ_COMPILE_POLICY", raising=False)
+    known = config.get_config_copy()
+    before = {setting.name: setting for setting in settings()}
+    assert {"strict", "measure", "policy", "kinds"} <= set(before) < set(known)
+    assert set(known) - set(before) == {"TYPE_CHECKING", "_WORDS"}  # not settings
+    assert all(setting.help and setting.source in ("default", "environment") for setting in before.values())
+    assert before["measure"].source == "environment"  # conftest.py sets it
+    assert before["strict"].help.startswith("Raise where lz-compile would otherwise log a warning")
+    with config.patch(strict=True, disable=["triton.*"]):
+        monkeypatch.setenv("LZ_COMPILE_POLICY", "rules.yaml")
+        text = repr(config)
+        assert "  strict = True  (set)\n" in text and "  disable = ['triton.*']  (set)\n" in text
+        assert "  policy = 'rules.yaml'  (environment)\n" in text and "  trim_rows = True  (default)\n" in text
+    monkeypatch.delenv("LZ_COMPILE_POLICY")
+    assert max(map(len, repr(config).splitlines())) <= 120
+    assert {setting.name: setting for setting in settings()} == before and config.get_config_copy() == known
+
+
+def test_the_command_prints_the_settings() -> None:
+    pytest.importorskip("typer")
+    from typer.testing import CliRunner
+
+    from lz_compile.cli import app
+
+    assert CliRunner().invoke(app, ["config"]).stdout.startswith("lz_compile.config\n")
+    document = json.loads(CliRunner().invoke(app, ["config", "--json"]).stdout)
+    assert [entry["name"] for entry in document] == [setting.name for setting in settings()]
+    assert all(set(entry) == {"name", "value", "source", "help"} for entry in document)
 
 
 # -- names in what Inductor prints
