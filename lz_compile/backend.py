@@ -19,6 +19,7 @@ from torch._dynamo.exc import RestartAnalysis
 
 from lz_compile import config
 from lz_compile.aliasing import Aliases
+from lz_compile.channels import show_graph, tell
 from lz_compile.normalize import LeftAlone, module_path, normalize, spell_out_constants
 from lz_compile.options import split_options
 from lz_compile.packing import Packing, memory_order
@@ -56,12 +57,27 @@ def layerzero(
     with config.patch(ours):
         report = GraphReport.start(mode, options)
         packing = Packing(example_inputs)
-        with _dumped(module, example_inputs, report) as dump:
+        with _told(report), _dumped(module, example_inputs, report) as dump:
             rewritten = improve(module, report, inductor, packing, dump)
+            show_graph(rewritten)
             with report.step("Inductor"):
                 compiled = _compile(compile_fx, module, rewritten, packing, inductor, report)
     publish(report)
     return watched(compiled, report)
+
+
+@contextlib.contextmanager
+def _told(report: GraphReport) -> Iterator[None]:
+    """PyTorch's channels hear of the compile, also of one that raises; not of a trace that Dynamo starts again."""
+    try:
+        yield
+    except torch._dynamo.exc.RestartAnalysis:
+        raise
+    except Exception:
+        report.outcome = "raised"
+        tell(report)
+        raise
+    tell(report)
 
 
 def _reset() -> None:
@@ -115,6 +131,7 @@ def improve(
         if _transform(normal, report, inductor or {}, packing, dump):
             spell_out_constants(normal)
             rewritten = normal
+            report.outcome = "rewritten"
     if dump is not None and rewritten is not None:
         dump.rewritten(rewritten)
     return rewritten
@@ -278,7 +295,7 @@ def _pack_weights(
             continue
         op = ordered(choice.region.op)
         if reason := packing.pack(groups(op)):
-            choice.kernel, choice.reason = None, reason
+            choice.kernel, choice.reason, choice.cause = None, reason, "weights stay"
             continue
         moved |= set(replace_by_packed(emitter, op, choice.region.output))
     if moved:
@@ -312,7 +329,7 @@ def _settled(described: list[RegionReport], plan: Plan) -> list[RegionReport]:
     """Descriptions are taken before the rewrite (it removes nodes), the outcome after it."""
     for entry, choice in zip(described, plan.choices):
         entry.kernel = choice.kernel.name if choice.kernel else INDUCTOR
-        entry.reason = choice.reason
+        entry.reason, entry.cause = choice.reason, choice.cause
         entry.rejected = dict(choice.rejected)
     return described
 
@@ -323,15 +340,13 @@ def _left_to_inductor(report: GraphReport, step: str) -> Iterator[None]:
     try:
         yield
     except LeftAlone as reason:
-        report.reason = str(reason)
+        report.reason, report.outcome = str(reason), "unsupported"
     except PolicyError:
         raise
     except Exception as error:
         if config.strict:
             raise
-        report.reason = f"{step} failed: {type(error).__name__}: {error}"
-        for entry in report.regions:
-            entry.kernel, entry.reason = INDUCTOR, report.reason
+        report.failed(f"{step} failed: {type(error).__name__}: {error}")
         log.warning("lz-compile left a graph to Inductor: %s", report.reason)
 
 
@@ -357,10 +372,8 @@ def _compile(
     except Exception as error:
         if config.strict:
             raise
-        report.reason = f"Inductor did not take the rewritten graph: {type(error).__name__}: {error}"
+        report.failed(f"Inductor did not take the rewritten graph: {type(error).__name__}: {error}")
         log.warning("lz-compile left a graph to Inductor: %s", report.reason)
-        for entry in report.regions:
-            entry.kernel, entry.reason = INDUCTOR, report.reason
         return as_it_came()
 
 

@@ -113,6 +113,20 @@ def _show_checks(checks: list[Check], healthy: bool) -> None:
     console.print("all that is installed works" if healthy else Text("something that is installed is broken", "red"))
 
 
+# -- config ------------------------------------------------------------------------------------------------------------
+
+
+@app.command("config")
+def show_config(as_json: AsJson = False) -> None:
+    """Every setting, its value for a new process in this environment, where that comes from, and what it does."""
+    from lz_compile.settings import as_text, settings
+
+    if as_json:
+        _print_json([dataclasses.asdict(setting) for setting in settings()])
+    else:
+        typer.echo(as_text())
+
+
 # -- kernels -----------------------------------------------------------------------------------------------------------
 
 

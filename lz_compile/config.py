@@ -2,7 +2,8 @@
 
 Set them for the process (``lz_compile.config.strict = True``), for a block
 (``with lz_compile.config.patch(strict=True)``) or for one compile
-(``torch.compile(model, backend="layerzero", options={"strict": True})``).
+(``torch.compile(model, backend="layerzero", options={"strict": True})``).  ``print(lz_compile.config)`` and the command
+``lz-compile config`` show them all.
 """
 
 import os
@@ -72,7 +73,16 @@ if TYPE_CHECKING:
 def _install() -> None:
     from torch.utils._config_module import install_config_module
 
-    install_config_module(sys.modules[__name__])
+    module = sys.modules[__name__]
+    install_config_module(module)
+    # The class is made for this module alone.
+    type(module).__repr__ = _as_text  # type: ignore[method-assign]
+
+
+def _as_text(module: Any) -> str:
+    from lz_compile.settings import as_text
+
+    return as_text()
 
 
 _install()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import torch.fx as fx
 
-from lz_compile import config
+from lz_compile import config, metrics
 from lz_compile.compat import is_higher_order
 from lz_compile.machine import Machine
 from lz_compile.region import INDUCTOR, Kernel, Region, Work, microseconds
@@ -212,7 +212,9 @@ class _Gathering:
     def _look_up(self, keys: list[Key]) -> dict[Key, Record]:
         if self.terms.measure == "off" or not keys:
             return {}
-        return self.database.look_up(keys)
+        found = self.database.look_up(keys)
+        metrics.looked_up(len(found), len(set(keys)) - len(found))
+        return found
 
     # -- estimates
 
@@ -401,7 +403,7 @@ class _Bench:
             begin = time.perf_counter()
             try:
                 verdict, module = self._qualify(kernel)
-                log.info("lz-compile: %s took %.1f s to qualify", kernel.name, time.perf_counter() - begin)
+                log.debug("lz-compile: %s took %.1f s to qualify", kernel.name, time.perf_counter() - begin)
             except torch.OutOfMemoryError:
                 self.skipped[kernel.name] = _NO_MEMORY
                 _give_memory_back(self.gathering.device)

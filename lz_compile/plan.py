@@ -28,7 +28,7 @@ from lz_compile import assignment, config
 from lz_compile.database import Database, default
 from lz_compile.machine import Machine
 from lz_compile.measure import Evidence, Figure, Gathered, Group, Terms, gather
-from lz_compile.region import INDUCTOR, Kernel, Provider, Region, Verdict, Work, microseconds
+from lz_compile.region import INDUCTOR, Cause, Kernel, Provider, Region, Verdict, Work, microseconds
 from lz_compile.roofline import Roof, launch_seconds
 from lz_compile.signature import signature_of
 
@@ -53,7 +53,7 @@ class Choice:
     """``kernel`` is None when the region is left to Inductor or covered by a neighbour's kernel (``covered_by``).
 
     ``figures`` are the costs of what competed, by kernel name, ``rejected`` maps the others to why not; ``rules`` are
-    the policy rules that decided something.
+    the policy rules that decided something.  ``cause`` is the class of the reason where no kernel was chosen.
     """
 
     region: Region
@@ -63,6 +63,7 @@ class Choice:
     figures: dict[str, Figure] = field(default_factory=dict)
     rules: list[str] = field(default_factory=list)
     covered_by: str = ""
+    cause: Cause = ""
 
 
 @dataclass
@@ -103,8 +104,14 @@ class _Site:
     candidates: list[Kernel] = field(default_factory=list)
     rejected: dict[str, str] = field(default_factory=dict)
     judgement: Judgement | None = None
+    ruled_out: list[Kernel] = field(default_factory=list)
     evidence: Evidence = field(default_factory=Evidence)
     key: Any = None
+
+    @property
+    def overruled(self) -> bool:
+        """Whether a kernel would fit that an option or the policy rules out."""
+        return any(_why_not(kernel, self.region) is None for kernel in self.ruled_out)
 
     @property
     def leaving_allowed(self) -> bool:
@@ -164,8 +171,10 @@ def _site(region: Region, market: Market, policy: Policy, mode: str) -> _Site:
     for kernel in kinds:
         if any(fnmatchcase(kernel.name, pattern) for pattern in config.disable):
             site.rejected[kernel.name] = "disabled by option"
+            site.ruled_out.append(kernel)
         elif by_policy := judgement.why_not(kernel.name):
             site.rejected[kernel.name] = by_policy
+            site.ruled_out.append(kernel)
         elif why_not := _why_not(kernel, region):
             site.rejected[kernel.name] = why_not
         else:
@@ -438,17 +447,18 @@ def _gap_note(solution: assignment.Solution) -> list[str]:
 def _choice(site: _Site, label: str | None) -> Choice:
     region = site.region
     if region.declined:
-        return Choice(region, None, region.declined)
+        return Choice(region, None, region.declined, cause="declined")
     assert label is not None
     rejected = {**site.rejected, **site.evidence.why_not}
     figures = {name: site.evidence.figures[name] for name in sorted(site.evidence.figures, key=_by_time(site))}
     rules = list(site.judgement.fired) if site.judgement is not None else []
     if label.startswith(COVERED):
         name = label.removeprefix(COVERED).rpartition(" #")[0]
-        return Choice(region, None, f"runs inside the kernel of {name}", rejected, figures, rules, covered_by=name)
+        inside = f"runs inside the kernel of {name}"
+        return Choice(region, None, inside, rejected, figures, rules, covered_by=name, cause="covered")
     if label == INDUCTOR:
-        reason = _reason_to_leave(site)
-        return Choice(region, None, reason, rejected, figures, rules)
+        cause, reason = _reason_to_leave(site)
+        return Choice(region, None, reason, rejected, figures, rules, cause=cause)
     kernel = next(kernel for kernel in site.candidates if kernel.name == label)
     rejected.pop(label, None)
     return Choice(region, kernel, _reason_to_take(site, kernel), rejected, figures, rules)
@@ -458,24 +468,25 @@ def _by_time(site: _Site) -> Callable[[str], float]:
     return lambda name: site.evidence.figures[name].seconds
 
 
-def _reason_to_leave(site: _Site) -> str:
+def _reason_to_leave(site: _Site) -> tuple[Cause, str]:
     figures = site.evidence.figures
     others = [name for name in figures if name != INDUCTOR]
     if not others:
         if not site.candidates:
-            return "no kernel takes it"
-        return "no kernel was measured" if site.evidence.unmeasured else "no kernel qualified"
+            return "overruled" if site.overruled else "no kernel fits", "no kernel takes it"
+        if site.evidence.unmeasured:
+            return "not measured", "no kernel was measured"
+        return "not qualified", "no kernel qualified"
     mine = figures.get(INDUCTOR)
     if not site.leaving_allowed:
-        return "no allowed kernel takes it"
+        return "overruled", "no allowed kernel takes it"
     if mine is None or mine.source == "estimated":
-        return "estimated to be the fastest"
+        return "slower", "estimated to be the fastest"
     best = min(others, key=_by_time(site))
     if figures[best].seconds < mine.seconds:
-        return (
-            f"{mine}; {best} is {mine.seconds / figures[best].seconds:.2f}x faster alone, not with the fusion it cuts"
-        )
-    return f"{mine}, {figures[best].seconds / mine.seconds:.2f}x faster than {best}"
+        ratio = mine.seconds / figures[best].seconds
+        return "slower", f"{mine}; {best} is {ratio:.2f}x faster alone, not with the fusion it cuts"
+    return "slower", f"{mine}, {figures[best].seconds / mine.seconds:.2f}x faster than {best}"
 
 
 def _reason_to_take(site: _Site, kernel: Kernel) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.fx as fx
@@ -117,6 +117,20 @@ class Region:
 
 # What stands for a kernel's name where a region is left as it is.
 INDUCTOR = "inductor"
+
+# Why a region runs no kernel of its own, for those who count: reasons in words name shapes and times.
+Cause = Literal[
+    "",
+    "declined",  # no kernel may replace it
+    "no kernel fits",
+    "not measured",
+    "not qualified",  # what fits is wrong or unsafe
+    "overruled",  # by an option or the policy
+    "slower",  # than what Inductor makes of it
+    "covered",  # by the kernel of a neighbour: not a fallback
+    "weights stay",
+    "failed",
+]
 
 
 def microseconds(seconds: float) -> str:

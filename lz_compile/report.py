@@ -12,11 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from lz_compile.region import INDUCTOR, describe_node, microseconds
+from lz_compile.region import INDUCTOR, Cause, describe_node, microseconds
 
 if TYPE_CHECKING:
     from lz_compile.measure import Figure
@@ -85,6 +85,7 @@ class RegionReport:
     ``kernel`` is ``"inductor"`` when the site was left alone, ``declined`` when it may not be replaced by any kernel
     (``reason`` says why, ``stopped`` at which node reading stopped); ``candidates`` are the kernels that competed,
     fastest first, ``rejected`` maps the others to why not; ``rules`` are the policy rules that decided something.
+    ``cause`` is the class of ``reason`` where no kernel was chosen.
     """
 
     kind: str
@@ -101,6 +102,7 @@ class RegionReport:
     rules: list[str] = field(default_factory=list)
     declined: bool = False
     stopped: str = ""
+    cause: Cause = ""
 
     @classmethod
     def describe(cls, choice: Choice) -> RegionReport:
@@ -125,6 +127,7 @@ class RegionReport:
             rules=list(choice.rules),
             declined=bool(region.declined),
             stopped=describe_node(region.stopped) if region.stopped is not None else "",
+            cause=choice.cause,
         )
 
 
@@ -142,6 +145,10 @@ def _tensor_text(value: torch.Tensor) -> str:
     return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device.type}"
 
 
+# "unsupported" graphs were not read; a "failed" one went to Inductor as it came, and its reason tells of the failure;
+# "raised": the compile ended with an exception.
+Outcome = Literal["rewritten", "unchanged", "unsupported", "failed", "raised"]
+
 _NOT_OWN = ("Inductor", "libraries", "measure")
 
 
@@ -151,7 +158,7 @@ class GraphReport:
 
     ``trimmed`` says what runs on fewer rows because nobody reads the others.  ``cuda_graphs`` names what will make
     Inductor skip CUDA graphs, in a mode that uses them.  ``cost`` is what the regions take by the plan, ``greedy_cost``
-    when each takes its own fastest kernel, in seconds.
+    when each takes its own fastest kernel, in seconds.  ``outcome`` is what became of the graph.
     """
 
     compile_id: str
@@ -164,6 +171,7 @@ class GraphReport:
     cuda_graphs: list[str] = field(default_factory=list)
     cost: float | None = None
     greedy_cost: float | None = None
+    outcome: Outcome = "unchanged"
 
     @classmethod
     def start(cls, mode: str | None, options: dict[str, Any] | None) -> GraphReport:
@@ -184,6 +192,12 @@ class GraphReport:
         """Makes part of the step before a step of its own."""
         self.receipts[-1].seconds -= seconds
         self.receipts.insert(-1, Receipt(name, seconds, note))
+
+    def failed(self, reason: str) -> None:
+        """The graph as it came goes to Inductor: no region of it runs a kernel."""
+        self.reason, self.outcome = reason, "failed"
+        for region in self.regions:
+            region.kernel, region.reason, region.cause = INDUCTOR, reason, "failed"
 
     @property
     def own_seconds(self) -> float:
@@ -220,7 +234,7 @@ def _graph_text(graph: GraphReport, index: int, count: int) -> str:
         lines.append(f"  left to Inductor: {graph.reason}")
     if graph.trimmed:
         lines.append(f"  unread rows are not computed: {graph.trimmed}")
-    for modules, region in _grouped(graph.regions):
+    for modules, region in folded(graph.regions):
         lines.append(f"  {modules}")
         lines.append(f"    {region.pattern}: {region.shape or 'shape unknown'}")
         if region.mask:
@@ -242,7 +256,7 @@ def _graph_text(graph: GraphReport, index: int, count: int) -> str:
     return "\n".join(lines)
 
 
-def _grouped(regions: list[RegionReport]) -> list[tuple[str, RegionReport]]:
+def folded(regions: list[RegionReport]) -> list[tuple[str, RegionReport]]:
     """Identical layers under one heading: ``model.layers.0-31.self_attn (32 sites)``."""
     groups: dict[str, list[RegionReport]] = {}
     for region in regions:

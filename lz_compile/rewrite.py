@@ -7,6 +7,8 @@ and what only the region used removed, in-place writes and their order untouched
 from __future__ import annotations
 
 import logging
+import operator
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -52,7 +54,7 @@ def rewrite(module: fx.GraphModule, aliases: Aliases, plan: Plan, make_emitter: 
             name = choice.kernel.name
             log.warning("%s: %s failed to emit, left to Inductor: %s", choice.region.module, name, error)
             choice.rejected[name] = f"failed: {error}"
-            choice.kernel, choice.reason = None, f"{name} failed: {error}"
+            choice.kernel, choice.reason, choice.cause = None, f"{name} failed: {error}", "failed"
     if results:
         replace(module.graph, results)
         module.recompile()
@@ -74,7 +76,34 @@ def replace(graph: fx.Graph, results: list[tuple[Region, fx.Node]]) -> None:
 
 def _emit(emitter: Emitting, choice: Choice) -> fx.Node:
     assert choice.kernel is not None
-    return as_laid_out(emitter, choice.region.output, choice.kernel.emit(emitter, choice.region))
+    region = choice.region
+    before = region.output.prev
+    result = choice.kernel.emit(emitter, region)
+    _name(result, region, before)
+    return as_laid_out(emitter, region.output, result)
+
+
+def _name(result: fx.Node, region: Region, before: fx.Node) -> None:
+    """Names the kernel's call ``lz_attention_model_layers_self_attn``: by names Inductor's output code and debug traces
+    say where a call comes from.  Without the layer's number, so that equal layers compiled one by one stay equal graphs
+    to Inductor's caches; the number that FX appends counts them.
+    """
+    node = result
+    while node.args and isinstance(node.args[0], fx.Node) and _is_view(node.target):
+        node = node.args[0]
+    inserted = region.output.prev
+    while inserted is not before and inserted is not node:
+        inserted = inserted.prev
+    if inserted is node and node is not before:
+        words = [word for word in re.split(r"\W+", region.module) if word and not word.isdigit()]
+        node._rename("_".join(["lz", region.kind, *words]))
+
+
+def _is_view(target: Any) -> bool:
+    if isinstance(target, torch._ops.OpOverload):
+        returns = target._schema.returns
+        return len(returns) == 1 and returns[0].alias_info is not None and not returns[0].alias_info.is_write
+    return target is operator.getitem
 
 
 def as_laid_out(emitter: Emitting, output: fx.Node, result: fx.Node) -> fx.Node:
