@@ -179,14 +179,15 @@ class _Collector:
         bounds = [*map(str, BUCKETS), "+Inf"]
         for family in snapshot():
             if family.histogram:
-                metric = HistogramMetricFamily(family.name, family.help, labels=family.labels)
+                histogram = HistogramMetricFamily(family.name, family.help, labels=family.labels)
                 for series in family.series:
-                    metric.add_metric(series.labels, list(zip(bounds, series.buckets)), series.value)
+                    histogram.add_metric(series.labels, list(zip(bounds, series.buckets)), series.value)
+                yield histogram
             else:
-                metric = CounterMetricFamily(family.name, family.help, labels=family.labels)
+                counter = CounterMetricFamily(family.name, family.help, labels=family.labels)
                 for series in family.series:
-                    metric.add_metric(series.labels, series.value)
-            yield metric
+                    counter.add_metric(series.labels, series.value)
+                yield counter
 
     describe = collect  # by these names a registry refuses a second collector
 

@@ -69,6 +69,7 @@ def test_torch_logs_shows_32_layers_on_one_screen_under_the_compile_id() -> None
     assert re.match(r"  attention +aten\.sdpa +layers\.0-31 \(32 sites\): causal; ", attention)
 
 
+@pytest.mark.slow
 def test_nothing_is_printed_until_set_logs_turns_it_on() -> None:
     text = child(
         """
