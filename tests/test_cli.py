@@ -366,6 +366,7 @@ def script(tmp_path: Path, fail: str = "") -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_what_a_script_compiles_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     import setuptools  # noqa: F401 - Inductor imports it for its first compile, and it adds to the path

@@ -90,6 +90,7 @@ def misbehave(architecture: Architecture, attention: str, with_inductor: bool) -
     return Row(architecture.name, architecture.model, attention, calls=[CallRow("forward", 1, 1)])
 
 
+@pytest.mark.slow
 def test_a_child_that_hangs_or_dies_is_a_row_and_the_others_go_on(tmp_path: Path) -> None:
     names = ["hangs", "dies", "leaves", "eats", "raises", "works"]
     file = tmp_path / "rows.jsonl"

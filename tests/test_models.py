@@ -62,7 +62,6 @@ def valid_tokens(length: int, side: str, prompt: int | None = None) -> torch.Ten
 @pytest.mark.slow_but(
     "llama-sdpa-left-float32",
     "mistral-eager-right-float32",
-    "phi3-eager-left-float32",
     "gpt-neox-sdpa-right-float32",
     "llama-sdpa-left-bfloat16",
 )
@@ -89,7 +88,6 @@ def test_a_prefill_without_cache_is_recognised_and_right(
 @pytest.mark.slow_but(
     "llama-sdpa-left-float32",
     "mistral-eager-right-float32",
-    "phi3-eager-left-float32",
     "gpt-neox-sdpa-right-float32",
     "llama-sdpa-left-bfloat16",
 )

@@ -50,7 +50,7 @@ def mine() -> Iterator[None]:
         yield
 
 
-@pytest.mark.slow_but("llama", "mistral")
+@pytest.mark.slow_but("llama")
 @pytest.mark.usefixtures("mine")
 @pytest.mark.parametrize("architecture", DECODERS[:4], ids=lambda a: a.name)
 def test_each_kind_is_measured_beside_inductor_and_a_wrong_kernel_is_rejected(architecture: Any) -> None:

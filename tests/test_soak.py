@@ -39,6 +39,7 @@ def test_two_hundred_models_leave_nothing_behind() -> None:
 _MODELS: dict[str, Any] = {"models": 2, "backend": "road", "seed": 27, "warm_up": 1, "say": _quiet}
 
 
+@pytest.mark.slow
 def test_weak_keys_whose_values_hold_them_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     """The leak that this check was written for: a table from a graph to something that names its nodes."""
     table: weakref.WeakKeyDictionary[fx.Graph, Any] = weakref.WeakKeyDictionary()

@@ -422,7 +422,7 @@ def test_keys_outside_the_bounds_are_not_read(kernel: Kernel) -> None:
     torch.testing.assert_close(kernel(**arguments), clean, atol=0, rtol=0)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_random_bounds_give_the_answer_of_attend(data: st.DataObject) -> None:
     queries, keys = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 70))
